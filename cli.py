@@ -1,0 +1,3 @@
+from compress.main import main
+
+main()

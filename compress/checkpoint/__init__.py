@@ -1,0 +1,53 @@
+"""Models on disk: open, stream tensors, rewrite, publish, seal with a manifest."""
+
+from __future__ import annotations
+
+from compress.checkpoint.atomic import (
+    atomic_file,
+    copy_atomic,
+    fsync_dir,
+    recover_dir,
+    replace_dir,
+    room_needed,
+    write_atomic,
+)
+from compress.checkpoint.checkpoint import Checkpoint, TensorInfo, open
+from compress.checkpoint.consistency import QUANT_METHOD, names_sha256
+from compress.checkpoint.json_io import dump_json, load_json, load_object
+from compress.checkpoint.layout import CONFIG, INDEX, MANIFEST, SINGLE
+from compress.checkpoint.manifest import check_files, hash_files, read_manifest, write_manifest
+from compress.checkpoint.rewrite import rewrite
+from compress.checkpoint.safetensors_writer import Digest, NewTensor, write_shard
+from compress.checkpoint.source import Source, resolve
+
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "MANIFEST",
+    "QUANT_METHOD",
+    "SINGLE",
+    "Checkpoint",
+    "Digest",
+    "NewTensor",
+    "Source",
+    "TensorInfo",
+    "atomic_file",
+    "check_files",
+    "copy_atomic",
+    "dump_json",
+    "fsync_dir",
+    "hash_files",
+    "load_json",
+    "load_object",
+    "names_sha256",
+    "open",
+    "read_manifest",
+    "recover_dir",
+    "replace_dir",
+    "resolve",
+    "rewrite",
+    "room_needed",
+    "write_atomic",
+    "write_manifest",
+    "write_shard",
+]

@@ -1,0 +1,101 @@
+"""From a checkpoint to objects of torch and transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import BadInput, Corrupt
+
+if TYPE_CHECKING:
+    import torch
+
+_TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+def torch_layout(
+    dtype: str, shape: tuple[int, ...], where: object
+) -> tuple[torch.dtype, tuple[int, ...]]:
+    """torch's dtype and shape for a safetensors dtype and shape.
+
+    torch packs two ``F4`` into one element, so the last dimension halves. Raises `BadInput` where
+    torch has no such dtype.
+    """
+    import torch
+
+    if dtype not in _TORCH_NAMES:
+        raise BadInput(f"torch has no dtype for {dtype}", where=where)
+    if dtype == "F4" and shape:
+        shape = (*shape[:-1], shape[-1] // 2)
+    return getattr(torch, _TORCH_NAMES[dtype]), shape
+
+
+def load_model(directory: Path, config: dict[str, Any], dtype: Any, device: Any) -> Any:
+    """The model that ``config['architectures']`` names, else the base model, in eval mode.
+
+    ``dtype``: a torch dtype, or "auto" for the stored one. Raises `Corrupt` when weights are
+    missing, left over or of a wrong shape (tied weights need not be stored), `BadInput` when
+    transformers does not know the architecture.
+    """
+    try:
+        model, info = _model_class(config).from_pretrained(
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to report them below rather than by a traceback
+        )
+    except (OSError, ValueError) as error:
+        raise BadInput(f"transformers cannot load it: {error}", where=directory) from error
+    for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, info[keys])):
+            raise Corrupt(
+                f"weights do not fit the architecture: {len(names)} {keys.replace('_', ' ')}",
+                where=directory,
+                got=names[0],
+            )
+    return model.to(device).eval()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory; `BadInput` where it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"no tokenizer: {error}", where=directory) from error
+
+
+def _model_class(config: dict[str, Any]) -> Any:
+    """The class by its name, so that heads are neither missing nor left over."""
+    import transformers
+
+    names = config.get("architectures")
+    named = (
+        getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    )
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        return named
+    return transformers.AutoModel

@@ -1,0 +1,25 @@
+"""Tensors as entropy-coded bytes and back (docs/FORMAT.md): bytes in, bytes out, no files.
+
+The work is done by a backend: the native library where it can be had, numpy otherwise;
+``ENTROPRESS_BACKEND=native`` or ``fallback`` forces one.
+"""
+
+from __future__ import annotations
+
+from compress.codec.api import backend, decode, decode_stream, encode, predict, read_header
+from compress.codec.format import HEADER_MAX, MIN_READER, Header, dtype_bits
+from compress.codec.format import VERSION as FORMAT_VERSION
+
+__all__ = [
+    "FORMAT_VERSION",
+    "HEADER_MAX",
+    "MIN_READER",
+    "Header",
+    "backend",
+    "decode",
+    "decode_stream",
+    "dtype_bits",
+    "encode",
+    "predict",
+    "read_header",
+]

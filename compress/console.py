@@ -1,0 +1,143 @@
+"""How the command line shows progress, tables and errors. Nothing here is used by the library."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compress.errors import EntropressError
+from compress.progress import Progress, Step
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
+INTERNAL_ERROR = 70  # EX_SOFTWARE
+INTERRUPTED = 130  # 128 + SIGINT
+
+
+class Cli(click.Group):
+    """A group whose commands end in one line and an exit code, whatever goes wrong."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EntropressError as error:
+            line, code = f"error: {error}", error.exit_code
+        except KeyboardInterrupt:
+            line, code = ctx.meta.get("interrupted", "interrupted"), INTERRUPTED
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            line = f"internal error: {type(error).__name__}: {' '.join(str(error).split())}"
+            code = INTERNAL_ERROR
+            if not ctx.meta.get("verbose"):
+                line += "; run again with -v to see where"
+        if ctx.meta.get("verbose"):
+            click.echo(traceback.format_exc(), err=True, nl=False)
+        click.echo(line, err=True)
+        ctx.exit(code)
+
+
+class Console:
+    """Where a command's words go: text to stdout, or JSON there and text to stderr."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._json = as_json
+
+    def say(self, text: str = "") -> None:
+        click.echo(text, err=self._json)
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Columns as wide as they need; the first one left-aligned, the others right."""
+        lines = [list(header), *([str(cell) for cell in row] for row in rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        for line in lines:
+            cells = [line[0].ljust(widths[0])]
+            cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+            self.say("  ".join(cells).rstrip())
+
+    def document(self, document: Any) -> None:
+        """The one JSON document of a command; nothing without ``--json``."""
+        if self._json:
+            click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Bars on a terminal, one line a finished step elsewhere; always on stderr."""
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+    from rich.progress import TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=RichConsole(stderr=True)) as bars:
+        yield Terminal(bars)
+
+
+class Lines:
+    """Progress for logs."""
+
+    @contextmanager
+    def step(self, label: str, total: int, unit: str = "B") -> Iterator[Step]:
+        start = time.monotonic()
+        yield self
+        seconds = time.monotonic() - start
+        amount = size(total) if unit == "B" else f"{total:,} {unit}"
+        click.echo(f"{label}: {amount} in {seconds:.1f} s", err=True)
+
+    def advance(self, amount: int) -> None:
+        pass
+
+    def note(self, line: str) -> None:
+        click.echo(line, err=True)
+
+
+class Terminal:
+    """Progress as bars with amount, rate and time left."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+
+    @contextmanager
+    def step(self, label: str, total: int, unit: str = "B") -> Iterator[Step]:
+        task = self._bars.add_task(label, total=total)
+        yield _Task(self._bars, task)
+        self._bars.update(task, completed=total)
+
+    def note(self, line: str) -> None:
+        self._bars.console.print(line, highlight=False, markup=False)
+
+
+class _Task:
+    def __init__(self, bars: Bars, task: Any) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, amount: int) -> None:
+        self._bars.advance(self._task, amount)
+
+
+def size(nbytes: int) -> str:
+    """Bytes in decimal units, three figures: ``269 MB``."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.4g} TB"

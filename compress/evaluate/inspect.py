@@ -1,0 +1,143 @@
+"""What is in a checkpoint: sizes, bits per weight and exponent entropy, by dtype and by kind."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress import checkpoint as room
+from compress import codec
+from compress.checkpoint import Checkpoint, TensorInfo
+from compress.progress import SILENT, Progress
+
+# Unsigned integer of the same width, how far the exponent is from the right, and its mask.
+_EXPONENTS = {
+    "BF16": ("<u2", 7, 0xFF),
+    "F16": ("<u2", 10, 0x1F),
+    "F32": ("<u4", 23, 0xFF),
+    "F64": ("<u8", 52, 0x7FF),
+    "F8_E4M3": ("<u1", 3, 0xF),
+    "F8_E5M2": ("<u1", 2, 0x1F),
+}
+_PART = 1 << 22  # words whose exponents are held as integers at a time
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """A group of tensors. ``exponent_bits``: entropy of its exponents in bits, None if unknown."""
+
+    group: str
+    tensors: int
+    weights: int
+    nbytes: int
+    stored_nbytes: int
+    exponent_bits: float | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, all overhead inside the tensors included."""
+        return 8 * self.stored_nbytes / max(1, self.weights)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The outcome of `inspect`. ``file_nbytes`` counts every file that belongs to the model."""
+
+    path: Path
+    coded: bool
+    file_nbytes: int
+    total: SizeRow
+    dtypes: list[SizeRow]
+    kinds: list[SizeRow]
+    manifest: dict[str, Any] | None
+
+
+def inspect(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    entropy: bool = True,
+    progress: Progress = SILENT,
+) -> Inspection:
+    """Measure a checkpoint, compressed or not; ``model`` as for `run`.
+
+    ``entropy`` reads every tensor to find the entropy of its exponents: the order-0 Shannon entropy
+    of each tensor, averaged over weights. Raises `BadInput` and `Corrupt` as opening does.
+    """
+    checkpoint = room.open(room.resolve(str(model), revision, progress))
+    infos = list(checkpoint.tensor_infos().values())
+    bits: dict[str, float] = {}
+    if entropy:
+        with progress.step("measuring", sum(info.nbytes for info in infos)) as step:
+            for info in infos:
+                if info.dtype in _EXPONENTS and info.nbytes:
+                    bits[info.name] = exponent_entropy(checkpoint, info)
+                step.advance(info.nbytes)
+    manifest = checkpoint.manifest
+    return Inspection(
+        path=checkpoint.path,
+        coded=checkpoint.coded,
+        file_nbytes=_file_nbytes(checkpoint),
+        total=_row("all", infos, bits),
+        dtypes=_group(infos, bits, lambda info: info.dtype),
+        kinds=_group(infos, bits, lambda info: kind(info.name)),
+        manifest=manifest
+        and {key: manifest[key] for key in ("class", "source", "recipe", "versions", "stages")},
+    )
+
+
+def exponent_entropy(checkpoint: Checkpoint, info: TensorInfo) -> float:
+    """Shannon entropy in bits of a floating-point tensor's exponent field."""
+    import numpy as np
+
+    word, shift, mask = _EXPONENTS[info.dtype]
+    counts = np.zeros(mask + 1, np.int64)
+    rest = b""  # a chunk may end inside a word
+    for chunk in checkpoint.chunks(info.name):
+        data = np.frombuffer(rest + bytes(chunk) if rest else chunk, np.uint8)
+        whole = len(data) - len(data) % np.dtype(word).itemsize
+        rest = data[whole:].tobytes()
+        words = data[:whole].view(word)
+        for part in np.array_split(words, len(words) // _PART + 1):
+            counts += np.bincount((part >> shift) & mask, minlength=mask + 1)
+    shares = counts[counts > 0] / counts.sum()
+    return abs(float((shares * np.log2(shares)).sum()))
+
+
+def kind(name: str) -> str:
+    """A tensor's role: the last two parts of its module's name, without layer or expert numbers."""
+    module, _, _ = name.rpartition(".")
+    return ".".join([part for part in module.split(".") if not part.isdigit()][-2:]) or name
+
+
+def _group(
+    infos: Iterable[TensorInfo], bits: dict[str, float], key: Callable[[TensorInfo], str]
+) -> list[SizeRow]:
+    groups: dict[str, list[TensorInfo]] = defaultdict(list)
+    for info in infos:
+        groups[key(info)].append(info)
+    rows = [_row(group, members, bits) for group, members in groups.items()]
+    return sorted(rows, key=lambda row: (-row.nbytes, row.group))
+
+
+def _row(group: str, infos: list[TensorInfo], bits: dict[str, float]) -> SizeRow:
+    weights = {info.name: info.nbytes * 8 // codec.dtype_bits(info.dtype) for info in infos}
+    measured = sum(weights[info.name] for info in infos if info.name in bits)
+    total = sum(weights[info.name] * bits[info.name] for info in infos if info.name in bits)
+    return SizeRow(
+        group,
+        tensors=len(infos),
+        weights=sum(weights.values()),
+        nbytes=sum(info.nbytes for info in infos),
+        stored_nbytes=sum(info.stored_nbytes for info in infos),
+        exponent_bits=total / measured if measured else None,
+    )
+
+
+def _file_nbytes(checkpoint: Checkpoint) -> int:
+    files = [*checkpoint.files, *checkpoint.sidecars(), room.CONFIG, room.INDEX, room.MANIFEST]
+    paths = [checkpoint.path / file for file in files]
+    return sum(path.stat().st_size for path in paths if path.is_file())

@@ -1,0 +1,190 @@
+"""Is a checkpoint what was written, to the bit; and is it what the original was?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress import checkpoint as room
+from compress.checkpoint import Checkpoint, Digest, TensorInfo
+from compress.errors import BadInput, Corrupt
+from compress.progress import SILENT, Progress, Step
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The outcome of `verify`. ``faults``: one line each, naming file and tensor; empty if sound.
+
+    ``nbytes``: decoded bytes of the ``tensors`` tensors that were read. Compared with an original:
+    ``dropped`` are its tensors that are left out on purpose, ``changed`` those whose dtype was.
+    """
+
+    path: Path
+    kind: str | None
+    tensors: int = 0
+    nbytes: int = 0
+    files: int = 0
+    against: str | None = None
+    faults: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+
+def verify(
+    path: str | Path,
+    against: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    progress: Progress = SILENT,
+) -> VerifyReport:
+    """Check every byte of a checkpoint against its manifest, and optionally against the original.
+
+    From the files alone: the manifest's own digest, the exact set of files, the sha256 of each, and
+    of each tensor its block checksums, dtype, shape and the sha256 of its decoded bytes. With
+    ``against`` (as MODEL of `run`, at ``revision``): each tensor's bytes are the original's, and so
+    are the sidecar files; a lossless checkpoint has all tensors and the same config. All faults are
+    collected. Raises `BadInput` for a path that is no directory or an original that cannot be
+    opened.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise BadInput("no such directory", where=path)
+    original = None
+    if against is not None:
+        original = room.open(room.resolve(str(against), revision, progress))
+    try:
+        manifest = room.read_manifest(path)
+    except Corrupt as error:
+        return VerifyReport(path, None, faults=[str(error)])
+    kind = manifest["class"]
+    try:
+        faults = room.check_files(path, manifest, progress)
+        checkpoint = room.open(path)
+        infos = checkpoint.tensor_infos()
+    except Corrupt as error:
+        return VerifyReport(path, kind, faults=[str(error)])
+    records = manifest["tensors"]
+    faults += [f"{name}: in the manifest but in no shard" for name in records.keys() - infos.keys()]
+    faults += [_at(infos[name], "not in the manifest") for name in infos.keys() - records.keys()]
+    known = [info for name, info in infos.items() if name in records]
+    nbytes = sum(info.nbytes for info in known)
+    with progress.step("verifying tensors", nbytes) as step:
+        faults += _collect(known, lambda info: _tensor_fault(checkpoint, info, records, step))
+    report = VerifyReport(
+        path,
+        kind,
+        tensors=len(known),
+        nbytes=nbytes,
+        files=len(manifest["files"]),
+        against=None if original is None else original.source.id,
+        faults=faults,
+    )
+    if original is not None:
+        _compare(original, checkpoint, manifest, report, progress)
+    return report
+
+
+def _tensor_fault(
+    checkpoint: Checkpoint, info: TensorInfo, records: dict[str, Any], step: Step
+) -> str | None:
+    """What is wrong with one tensor on its own, if anything."""
+    record = records[info.name]
+    if (record["dtype"], record["shape"]) != (info.dtype, list(info.shape)):
+        return _at(info, f"is {info.dtype}{list(info.shape)}, the manifest says otherwise")
+    if _sha256(checkpoint, info.name, step) != record["sha256"]:
+        return _at(info, "has another sha256 than the manifest")
+    return None
+
+
+def _compare(
+    original: Checkpoint,
+    checkpoint: Checkpoint,
+    manifest: dict[str, Any],
+    report: VerifyReport,
+    progress: Progress,
+) -> None:
+    """Add to the report how the checkpoint differs from its original."""
+    lossless = manifest["class"] == "lossless"
+    records = manifest["tensors"]
+    origins = {record.get("from", name): name for name, record in records.items()}
+    infos = original.tensor_infos()
+    missing = sorted(infos.keys() - origins.keys())
+    if lossless:
+        report.faults.extend(f"{name}: in the original but not here" for name in missing)
+        report.faults.extend(_config_faults(original, checkpoint))
+    else:
+        report.dropped.extend(missing)
+    report.faults.extend(
+        f"{origins[name]}: the original has no {name}"
+        for name in sorted(origins.keys() - infos.keys())
+    )
+    common = [info for name, info in infos.items() if name in origins]
+
+    def fault(info: TensorInfo) -> str | None:
+        name = origins[info.name]
+        if not lossless and records[name]["dtype"] != info.dtype:
+            report.changed.append(name)
+            return None
+        same = _sha256(original, info.name, step) == records[name]["sha256"]
+        same = same and records[name]["shape"] == list(info.shape)
+        same = same and records[name]["dtype"] == info.dtype
+        return None if same else f"{name}: differs from the original's {info.name}"
+
+    with progress.step("comparing tensors", sum(info.nbytes for info in common)) as step:
+        report.faults.extend(_collect(common, fault))
+    report.changed.sort()
+    report.faults.extend(_sidecar_faults(original, manifest))
+
+
+def _config_faults(original: Checkpoint, checkpoint: Checkpoint) -> list[str]:
+    config = {key: value for key, value in checkpoint.config.items() if checkpoint.coded}
+    config.pop("quantization_config", None)
+    expected = original.config if checkpoint.coded else config
+    return [] if config == expected else [f"{room.CONFIG}: differs from the original's"]
+
+
+def _sidecar_faults(original: Checkpoint, manifest: dict[str, Any]) -> list[str]:
+    faults = []
+    for sidecar in original.sidecars():
+        entry = manifest["files"].get(sidecar)
+        data = Digest([(original.path / sidecar).read_bytes()])
+        list(data)
+        if entry is None:
+            faults.append(f"{sidecar}: in the original but not here")
+        elif entry["sha256"] != data.hexdigest():
+            faults.append(f"{sidecar}: differs from the original's")
+    return faults
+
+
+def _collect(
+    infos: Iterable[TensorInfo], check: Callable[[TensorInfo], str | None]
+) -> list[str]:
+    """The faults of all tensors in order; two at a time, so that one hashes as another decodes."""
+
+    def guarded(info: TensorInfo) -> str | None:
+        try:
+            return check(info)
+        except Corrupt as error:
+            return str(error)
+
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        return [fault for fault in pool.map(guarded, infos) if fault]
+
+
+def _sha256(checkpoint: Checkpoint, name: str, step: Step) -> str:
+    digest = Digest(checkpoint.chunks(name))
+    for chunk in digest:
+        step.advance(memoryview(chunk).nbytes)
+    return digest.hexdigest()
+
+
+def _at(info: TensorInfo, fault: str) -> str:
+    return f"{info.file}: {info.name}: {fault}"

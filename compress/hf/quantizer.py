@@ -1,0 +1,145 @@
+"""Decode at load: ``from_pretrained`` of an entropress checkpoint gives an ordinary dense model.
+
+transformers' loader takes a state dict in place of checkpoint files. The quantizer hands it one
+whose tensors are decoded when their values are asked for, so renaming, merging of experts, casting
+and placement, written for dense checkpoints, apply as they are. Importing this module registers it.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compress import checkpoint
+from compress.checkpoint import QUANT_METHOD, Checkpoint
+from compress.errors import BadInput, Corrupt
+
+
+@register_quantization_config(QUANT_METHOD)
+class EntropressConfig(QuantizationConfigMixin):
+    """``quantization_config`` of an entropress checkpoint; its members are in docs/FORMAT.md.
+
+    They are checked against the shards by `compress.checkpoint.open`, not here.
+    """
+
+    dequantize = True  # makes transformers drop every trace of quantization from the loaded model
+
+    def __init__(self, **members: Any) -> None:
+        self.__dict__.update(members, quant_method=QUANT_METHOD)
+
+
+@register_quantizer(QUANT_METHOD)
+class EntropressQuantizer(HfQuantizer):
+    """Checks the checkpoint before the model is filled and decodes it on the way in.
+
+    Raises `Corrupt` naming file and tensor when any stored byte is not what was written, `BadInput`
+    for a checkpoint that needs a newer reader and for tensor-parallel loading.
+    """
+
+    _checkpoint: Checkpoint | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise BadInput(
+                "an EntropressConfig does not code a dense model",
+                mend="run `entropress compress --recipe lossless.yaml` on its checkpoint",
+            )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Mend ``dtype="auto"``: without a dtype in config.json it finds the coded bytes' uint8."""
+        if dtype.is_floating_point:
+            return dtype
+        name = getattr(self.quantization_config, "dtype", None)
+        stored = getattr(torch, name, None) if isinstance(name, str) else None
+        if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
+            raise BadInput(
+                "config.json names no dtype",
+                mend="pass one, as in from_pretrained(dtype='float32')",
+            )
+        return stored
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> Any:
+        """Cast as for a dense checkpoint, integers too."""
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        if checkpoint_files:
+            _decode_for_loader()
+            self._checkpoint = _checked(checkpoint_files)
+        return model
+
+    def state_dict(self) -> dict[str, _CodedTensor] | None:
+        """All tensors, undecoded, to the first caller; None to later ones, who load adapters."""
+        coded, self._checkpoint = self._checkpoint, None
+        if coded is None:
+            return None
+        return {name: _CodedTensor(coded, name) for name in coded.tensor_infos()}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class _CodedTensor:
+    """A tensor that is read and decoded when indexed, as the slices of safetensors are read."""
+
+    def __init__(self, source: Checkpoint, name: str) -> None:
+        self._source = source
+        self._name = name
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._source.read(self._name)[index]
+
+
+def _checked(checkpoint_files: list[str]) -> Checkpoint:
+    """The checkpoint those files make up, every header checked."""
+    directory = Path(checkpoint_files[0]).parent
+    coded = checkpoint.open(directory)
+    if not coded.coded:
+        raise Corrupt(f"config.json does not call it {QUANT_METHOD}-coded", where=directory)
+    given = sorted(Path(file).name for file in checkpoint_files)
+    if given != sorted(coded.files):
+        raise Corrupt("its shards are not the files to load", where=directory, got=", ".join(given))
+    coded.tensor_infos()
+    return coded
+
+
+@functools.cache
+def _decode_for_loader() -> None:
+    """Make transformers' loader ask our quantizer, and no other, for the state dict.
+
+    5.23 has that hook for GGUF alone, so the one function that takes both is wrapped. Should a
+    later release rename it, loading fails: coded tensors have no parameter's shape.
+    """
+    from transformers import PreTrainedModel
+
+    load = PreTrainedModel._load_pretrained_model
+
+    @functools.wraps(load)
+    def load_decoded(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kw: Any
+    ) -> Any:
+        quantizer = load_config.hf_quantizer
+        decoded = quantizer.state_dict() if isinstance(quantizer, EntropressQuantizer) else None
+        if decoded is not None:
+            if load_config.device_mesh is not None:
+                raise BadInput(
+                    "cannot be loaded in tensor-parallel shards",
+                    where=load_config.pretrained_model_name_or_path,
+                    mend="decompress it first (`entropress decompress IN OUT`)",
+                )
+            state_dict, checkpoint_files = decoded, None
+        return load(model, state_dict, checkpoint_files, load_config, *args, **kw)
+
+    PreTrainedModel._load_pretrained_model = staticmethod(load_decoded)

@@ -1,0 +1,254 @@
+"""The command line: parse, call, print. Exit codes are those of `compress.errors`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import reduce
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from compress import __version__
+from compress.console import Cli, Console, progress, size
+from compress.errors import BadInput, CheckFailed, Missing
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def main() -> None:
+    """Entry point of `entropress` and of cli.py."""
+    # What loads models through transformers draws bars of its own, and logs what we check ourselves.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    cli(prog_name="entropress")
+
+
+def _verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta["verbose"] = ctx.meta.get("verbose", False) or value
+
+
+def verbose_option(command: Command) -> Command:
+    option = click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=_verbose,
+        help="Show the traceback of an error.",
+    )
+    return option(command)
+
+
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options, and those that every command has."""
+    common = (click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),)
+    return lambda command: reduce(
+        lambda wrapped, decorate: decorate(wrapped), (verbose_option, *common, *decorators), command
+    )
+
+
+revision_option = click.option("--revision", help="Branch, tag or commit of a hub model.")
+resume_option = click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace an existing output, or start an unfinished one again."
+)
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="entropress")
+@verbose_option
+def cli() -> None:
+    """Compress neural networks by entropy.
+
+    MODEL is a directory, a hub id, or demo:smollm2-135m or demo:minilm. Exit codes: 0 done, 1 a
+    check failed, 2 bad input, 3 something is missing here, 70 a bug.
+    """
+
+
+@cli.command()
+@options(
+    click.option("--recipe", required=True, help="A YAML file, or the name of a shipped recipe."),
+    click.option("--output-dir", help="Default: MODEL-RECIPE in the working directory."),
+    click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override."),
+    click.option("--dry-run", is_flag=True, help="Say what would be done and the output's size."),
+    click.option("--threads", type=click.IntRange(1), help="Default: all cores."),
+    resume_option,
+    overwrite_option,
+    revision_option,
+)
+@click.argument("model")
+@click.pass_context
+def compress(
+    ctx: click.Context,
+    model: str,
+    recipe: str,
+    output_dir: str | None,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    threads: int | None,
+    resume: bool,
+    overwrite: bool,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Run a recipe on MODEL and publish the outcome."""
+    from compress import pipeline, recipe as recipes
+
+    console, chosen = Console(as_json), recipes.load(recipe, overrides)
+    output = output_dir or f"{base_name(model)}-{chosen.name}"
+    if dry_run:
+        with progress() as bars:
+            planned = pipeline.plan(chosen, model, revision=revision, progress=bars)
+        for stage in planned.stages:
+            console.say(f"{stage.stage}: {', '.join(stage.changes)}")
+        console.say(change(planned.bytes_in, planned.bytes_out) + " (tensors, predicted)")
+        console.document(asdict(planned))
+        return
+    ctx.meta["interrupted"] = "interrupted; the same command with --resume continues"
+    with progress() as bars:
+        result = pipeline.run(
+            chosen,
+            model,
+            output,
+            resume=resume,
+            overwrite=overwrite,
+            revision=revision,
+            threads=threads,
+            progress=bars,
+        )
+    for report in result.manifest["stages"]:
+        console.say(f"{report['stage']}: {report['summary']}")
+    kind = result.manifest["class"]
+    console.say(f"{output}: {change(result.bytes_in, result.bytes_out)}, {kind}")
+    console.document(
+        {
+            "path": output,
+            "class": kind,
+            "bytes_in": result.bytes_in,
+            "bytes_out": result.bytes_out,
+            "recipe": result.manifest["recipe"],
+            "stages": result.manifest["stages"],
+        }
+    )
+
+
+@cli.command()
+@options(
+    click.option("--entropy/--no-entropy", default=True, help="Read all tensors for the entropies."),
+    revision_option,
+)
+@click.argument("path", metavar="MODEL")
+def inspect(path: str, entropy: bool, revision: str | None, as_json: bool) -> None:
+    """Show sizes, bits per weight and exponent entropy of MODEL, compressed or not."""
+    from compress.evaluate.inspect import inspect as look
+
+    console = Console(as_json)
+    with progress() as bars:
+        found = look(path, revision=revision, entropy=entropy, progress=bars)
+    for title, rows in (("dtype", [*found.dtypes, found.total]), ("kind", found.kinds)):
+        header = (title, "tensors", "weights", "bytes", "stored", "bits/weight", "exponent bits")
+        console.table(
+            header,
+            [
+                (
+                    row.group,
+                    row.tensors,
+                    f"{row.weights:,}",
+                    f"{row.nbytes:,}",
+                    f"{row.stored_nbytes:,}",
+                    f"{row.bits_per_weight:.3f}",
+                    "-" if row.exponent_bits is None else f"{row.exponent_bits:.3f}",
+                )
+                for row in rows
+            ],
+        )
+        console.say()
+    if found.manifest:
+        source = found.manifest["source"]
+        console.say(f"{found.manifest['class']}, made from {source['id']} ({source['revision']})")
+        for report in found.manifest["stages"]:
+            console.say(f"{report['stage']}: {report['summary']}")
+    console.say(f"{size(found.file_nbytes)} in all files")
+    console.document(asdict(found))
+
+
+@cli.command()
+@options(
+    click.option("--against", metavar="MODEL", help="Also compare with the original."),
+    revision_option,
+)
+@click.argument("path")
+def verify(path: str, against: str | None, revision: str | None, as_json: bool) -> None:
+    """Check every byte of PATH; exit with 1 if one is wrong."""
+    from compress.evaluate.verify import verify as check
+
+    console = Console(as_json)
+    with progress() as bars:
+        report = check(path, against, revision=revision, progress=bars)
+    for fault in report.faults:
+        console.say(fault)
+    for title, names in (("dropped", report.dropped), ("changed dtype", report.changed)):
+        if names:
+            console.say(f"{title} from {report.against}: {len(names)} tensors, {names[0]} first")
+    console.document({"ok": report.ok, **asdict(report)})
+    if not report.ok:
+        raise CheckFailed(f"{len(report.faults)} faults, {report.faults[0]} first", where=path)
+    console.say(
+        f"{path}: {report.tensors} tensors ({size(report.nbytes)}) and {report.files} files are sound"
+    )
+    if against:
+        equal = report.tensors - len(report.changed)
+        console.say(f"{equal} tensors equal those of {report.against} bit for bit")
+
+
+@cli.command()
+@options(resume_option, overwrite_option)
+@click.argument("path")
+@click.argument("out")
+@click.pass_context
+def decompress(
+    ctx: click.Context, path: str, out: str, resume: bool, overwrite: bool, as_json: bool
+) -> None:
+    """Write the dense checkpoint that PATH stands for to OUT."""
+    from compress import pipeline
+
+    console = Console(as_json)
+    ctx.meta["interrupted"] = "interrupted; the same command with --resume continues"
+    with progress() as bars:
+        pipeline.decompress(path, out, resume=resume, overwrite=overwrite, progress=bars)
+    console.say(f"{out}: decompressed")
+    console.document({"path": out})
+
+
+@cli.command()
+@options()
+def doctor(as_json: bool) -> None:
+    """Say what this installation has and lacks; exit with 3 if something needed is missing."""
+    from compress.evaluate.doctor import diagnose
+
+    console, findings = Console(as_json), diagnose()
+    marks = {True: "ok", False: "MISSING", None: "absent"}
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        mend = "" if finding.ok or not finding.mend else f"; {finding.mend}"
+        console.say(f"{finding.name.ljust(width)}  {marks[finding.ok]:<7}  {finding.detail}{mend}")
+    console.document({finding.name: asdict(finding) for finding in findings})
+    for finding in findings:
+        if finding.ok is False:
+            raise Missing(f"{finding.name}: {finding.detail}", mend=finding.mend)
+
+
+def base_name(model: str) -> str:
+    """The last part of a path, hub id or demo name."""
+    name = Path(model).absolute().name if Path(model).is_dir() else re.split("[/:]", model)[-1]
+    if not name:
+        raise BadInput("no name for the output", where=model, mend="give --output-dir")
+    return name
+
+
+def change(before: int, after: int) -> str:
+    return f"{size(before)} → {size(after)} ({100 * after / max(1, before):.2f} %)"

@@ -1,0 +1,252 @@
+"""A recipe's stages in order: plan, run, journal, resume, publish."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from compress import __version__, codec, stages
+from compress import checkpoint as room
+from compress import recipe as recipes
+from compress.checkpoint import Checkpoint, Digest, Source
+from compress.errors import BadInput
+from compress.progress import SILENT, Progress
+from compress.recipe import Recipe, StageSpec
+from compress.stages import StageReport, Workspace, encode_weights
+from compress.workspace import RunDirectory, check_output, check_room, open_workspace, stage_key
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage is expected to do. ``nbytes``: size of all tensors after it."""
+
+    stage: str
+    nbytes: int
+    changes: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, found without writing. Sizes are those of all tensors, in bytes."""
+
+    source: str
+    recipe: dict[str, Any]
+    bytes_in: int
+    bytes_out: int
+    stages: list[StagePlan]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind. Sizes are those of all tensors as stored, in bytes."""
+
+    path: Path
+    manifest: dict[str, Any]
+    bytes_in: int
+    bytes_out: int
+
+
+def plan(
+    recipe: str | Path | Recipe,
+    model: str | Path,
+    *,
+    overrides: Iterable[str] = (),
+    revision: str | None = None,
+    progress: Progress = SILENT,
+) -> Plan:
+    """Say what `run` would do and how large its output would be.
+
+    The first stage that changes sizes is planned exactly. Those after it are planned on the model
+    as it is now and scaled by what came before. Raises as `run` does before it writes.
+    """
+    chosen = recipes.load(recipe, overrides)
+    return _plan(chosen, room.open(room.resolve(str(model), revision, progress)))
+
+
+def run(
+    recipe: str | Path | Recipe,
+    model: str | Path,
+    output_dir: str | Path,
+    *,
+    overrides: Iterable[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    revision: str | None = None,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> Result:
+    """Run a recipe on a model and publish the outcome as ``output_dir``, whole or not at all.
+
+    ``model``: a directory, a hub id, or ``demo:NAME``. ``resume`` continues an interrupted run on
+    the same input and recipe, and gives the bytes it would have given; ``overwrite`` starts again
+    and replaces an existing checkpoint. Everything is checked and planned before the first byte is
+    written. Raises `BadInput`, `Missing` or `Corrupt`.
+    """
+    chosen = recipes.load(recipe, overrides)
+    output = Path(os.path.abspath(output_dir))  # not resolve(): the name may be a link
+    check_output(output, resume=resume, overwrite=overwrite)
+    source = room.resolve(str(model), revision, progress)
+    check_output(output, source.path, resume=resume, overwrite=overwrite)
+    checkpoint = room.open(source)
+    planned = _plan(chosen, checkpoint)
+    sizes = [stage.nbytes for stage in planned.stages]
+    with open_workspace(output, overwrite=overwrite) as directory:
+        manifest = directory.published()
+        if manifest is None:
+            most = max(size + before for size, before in zip(sizes, [0, *sizes], strict=False))
+            check_room(output.parent, most, directory.path)
+            manifest = _run(chosen, checkpoint, directory, threads, progress)
+        directory.remove()
+    return Result(output, manifest, planned.bytes_in, _stored_nbytes(room.open(output)))
+
+
+def decompress(
+    model: str | Path,
+    output_dir: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Path:
+    """Write the dense checkpoint that a compressed one stands for, whole or not at all.
+
+    Every tensor is checked against the sha256 in the manifest. The outcome is an ordinary
+    checkpoint without manifest. Raises `BadInput`, `Missing` or `Corrupt`.
+    """
+    output = Path(os.path.abspath(output_dir))  # not resolve(): the name may be a link
+    coded = room.open(model)
+    check_output(output, coded.path, resume=resume, overwrite=overwrite)
+    if not coded.coded:
+        raise BadInput("is not compressed by entropress", where=coded.path)
+    needed = sum(info.nbytes for info in coded.tensor_infos().values())
+    with open_workspace(output, overwrite=overwrite) as directory:
+        check_room(output.parent, needed, directory.path)
+        key = stage_key(0, "decode", coded.fingerprint, __version__)
+        directory.keep_only([key])
+        encode_weights.decode(coded, directory.stage(key), progress)
+        directory.publish(key)
+        directory.remove()
+    return output
+
+
+def _plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+    before = size = sum(info.nbytes for info in checkpoint.tensor_infos().values())
+    planned = []
+    for spec in _specs(recipe):
+        estimate = stages.get(spec.name).plan(checkpoint, spec.config, recipe.calibration)
+        size = round(size * estimate.nbytes / max(1, before))
+        planned.append(StagePlan(spec.name, size, estimate.changes))
+    return Plan(checkpoint.source.id, recipe.resolved(), before, size, planned)
+
+
+def _run(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    directory: RunDirectory,
+    threads: int | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Run what is not finished yet, seal the outcome and publish it; returns the manifest."""
+    specs, keys = _specs(recipe), _keys(recipe, checkpoint)
+    directory.keep_only(keys)
+    done = max((i for i, key in enumerate(keys, 1) if directory.finished(key)), default=0)
+    reports = [StageReport.model_validate(directory.report(key)) for key in keys[:done]]
+    source, current = checkpoint.source, checkpoint
+    if done:
+        progress.note(f"resumed after {specs[done - 1].name}")
+        current = room.open(Source(directory.stage(keys[done - 1]), source.id, source.revision))
+    for index in range(done, len(specs)):
+        spec, key = specs[index], keys[index]
+        workspace = Workspace(directory.stage(key), recipe.calibration, progress, threads)
+        current, report = stages.get(spec.name).run(current, spec.config, workspace)
+        directory.finish(key, report.model_dump(mode="json"))
+        reports.append(report)
+        if index:
+            directory.drop(keys[index - 1])
+    manifest = room.write_manifest(current.path, _manifest(recipe, current, reports, progress))
+    directory.publish(keys[-1], manifest["sha256"])
+    return manifest
+
+
+def _specs(recipe: Recipe) -> list[StageSpec]:
+    """The recipe's stages, led by a cast if it takes the model in in another dtype."""
+    if recipe.model.dtype == "auto":
+        return list(recipe.stages)
+    config = stages.get("cast").Config.model_validate({"dtype": recipe.model.dtype})
+    return [StageSpec("cast", config), *recipe.stages]
+
+
+def _keys(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
+    """For each stage a digest of all that decides its output: the model and the options so far."""
+    version = [__version__, codec.FORMAT_VERSION]
+    calibration = recipe.calibration.model_dump(mode="json")
+    text = Path(recipe.calibration.data)
+    if text.is_file():
+        calibration["data"] = hashlib.sha256(text.read_bytes()).hexdigest()
+    keys: list[str] = []
+    for index, spec in enumerate(_specs(recipe)):
+        before = keys[-1] if keys else [checkpoint.fingerprint, calibration, version]
+        keys.append(stage_key(index, before, spec.name, spec.config.model_dump(mode="json")))
+    return keys
+
+
+def _manifest(
+    recipe: Recipe, outcome: Checkpoint, reports: list[StageReport], progress: Progress
+) -> dict[str, Any]:
+    """The manifest of a finished directory; holds no time and no path of this machine."""
+    lossless = all(stages.get(spec.name).lossless for spec in _specs(recipe))
+    resolved = recipe.resolved()
+    if Path(resolved["calibration"]["data"]).is_file():
+        resolved["calibration"]["data"] = Path(resolved["calibration"]["data"]).name
+    return {
+        "class": "lossless" if lossless else "near-lossless",
+        "source": {"id": outcome.source.id, "revision": outcome.source.revision},
+        "recipe": resolved,
+        "versions": {"entropress": __version__}
+        | {name: metadata.version(name) for name in ("torch", "transformers")},
+        "stages": [
+            report.model_dump(mode="json", exclude={"tensors", "renamed"}) for report in reports
+        ],
+        "tensors": _tensor_records(outcome, reports, progress),
+        "files": room.hash_files(outcome.path, progress),
+        "gates": [],
+    }
+
+
+def _tensor_records(
+    outcome: Checkpoint, reports: list[StageReport], progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Dtype, shape and sha256 of every tensor, and the name it had in the original."""
+    records = reports[-1].tensors or _hash_tensors(outcome, progress)
+    for name, record in records.items():
+        origin = name
+        for report in reversed(reports):
+            origin = report.renamed.get(origin, origin)
+        if origin != name:
+            record["from"] = origin
+    return records
+
+
+def _hash_tensors(outcome: Checkpoint, progress: Progress) -> dict[str, dict[str, Any]]:
+    infos = outcome.tensor_infos().values()
+    records = {}
+    with progress.step("hashing tensors", sum(info.nbytes for info in infos)) as step:
+        for info in infos:
+            digest = Digest(outcome.chunks(info.name))
+            for chunk in digest:
+                step.advance(memoryview(chunk).nbytes)
+            records[info.name] = {
+                "dtype": info.dtype,
+                "shape": list(info.shape),
+                "sha256": digest.hexdigest(),
+            }
+    return records
+
+
+def _stored_nbytes(checkpoint: Checkpoint) -> int:
+    return sum(info.stored_nbytes for info in checkpoint.tensor_infos().values())

@@ -1,0 +1,50 @@
+"""How the library reports progress without printing: it calls, somebody else draws.
+
+The command line passes an implementation that draws bars on a terminal; by default nothing happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Step(Protocol):
+    """One running piece of work."""
+
+    def advance(self, amount: int) -> None:
+        """``amount`` more units (bytes unless the step says otherwise) are done."""
+
+
+class Progress(Protocol):
+    """Receives the pieces of work as they begin, advance and end."""
+
+    def step(self, label: str, total: int, unit: str = "B") -> _StepContext:
+        """A context manager that gives a `Step`; ``total`` is in ``unit``."""
+
+    def note(self, line: str) -> None:
+        """A remark worth one line: a fallback taken, a shard resumed."""
+
+
+class _StepContext(Protocol):
+    def __enter__(self) -> Step: ...
+
+    def __exit__(self, *exc: object) -> bool | None: ...
+
+
+class Silent:
+    """The default: says nothing."""
+
+    @contextmanager
+    def step(self, label: str, total: int, unit: str = "B") -> Iterator[Step]:
+        yield self
+
+    def advance(self, amount: int) -> None:
+        pass
+
+    def note(self, line: str) -> None:
+        pass
+
+
+SILENT = Silent()

@@ -1,0 +1,109 @@
+"""What a stage is: a checkpoint in, a checkpoint and a report out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.checkpoint import Checkpoint
+from compress.errors import BadInput, did_you_mean
+from compress.progress import SILENT, Progress
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's options: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(StageConfig):
+    """The text a stage may look at: ``sequences`` windows of ``length`` tokens."""
+
+    data: str = "builtin:calibration"
+    sequences: int = Field(128, ge=1)
+    length: int = Field(512, ge=8)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage expects to do, found cheaply.
+
+    ``nbytes``: size of the tensors afterwards; ``changes``: one line each, for people.
+    """
+
+    nbytes: int
+    changes: list[str] = field(default_factory=list)
+
+
+class StageReport(BaseModel):
+    """What a stage did. Holds nothing that differs between two runs on the same input.
+
+    ``renamed`` maps a new tensor name to its old one; ``removed`` lists old names that are gone.
+    ``tensors``: by name the dtype, shape and sha256 of each tensor's decoded bytes, from a stage that
+    saw them pass; kept in the manifest's own member, not with the report.
+    """
+
+    stage: str
+    config: dict[str, Any]
+    summary: str
+    metrics: dict[str, Any] = {}
+    renamed: dict[str, str] = {}
+    removed: list[str] = []
+    tensors: dict[str, dict[str, Any]] = {}
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where and with what a stage works.
+
+    ``directory`` is the stage's own output directory; what an interrupted run finished there may be
+    reused, since its name is a digest of the stage's input and configuration.
+    """
+
+    directory: Path
+    calibration: Calibration = Calibration()
+    progress: Progress = SILENT
+    threads: int | None = None
+
+
+class Stage(Protocol):
+    """A step of a recipe. Stages hold no state: all they know is the checkpoint and their config."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type[StageConfig]]
+    lossless: ClassVar[bool]
+
+    def plan(self, checkpoint: Checkpoint, config: Any, calibration: Calibration) -> Estimate:
+        """Check that the stage can run and say what it would do, without writing anything."""
+
+    def run(
+        self, checkpoint: Checkpoint, config: Any, workspace: Workspace
+    ) -> tuple[Checkpoint, StageReport]:
+        """Write a complete checkpoint into ``workspace.directory`` and report on it."""
+
+
+_STAGES: dict[str, Stage] = {}
+
+
+def register(stage: type[Stage]) -> type[Stage]:
+    """Class decorator: make a stage known to recipes under its ``name``."""
+    _STAGES[stage.name] = stage()
+    return stage
+
+
+def get(name: str) -> Stage:
+    """The stage of that name; `BadInput` with the nearest name otherwise."""
+    if name not in _STAGES:
+        raise BadInput(f"unknown stage '{name}'", mend=did_you_mean(name, _STAGES))
+    return _STAGES[name]
+
+
+def names() -> list[str]:
+    return sorted(_STAGES)
+
+

@@ -1,0 +1,167 @@
+"""`encode_weights`: every tensor entropy-coded without loss (docs/FORMAT.md), and the way back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from compress import codec
+from compress.checkpoint import (
+    QUANT_METHOD,
+    Checkpoint,
+    Digest,
+    NewTensor,
+    TensorInfo,
+    names_sha256,
+    rewrite,
+)
+from compress.errors import BadInput, Corrupt
+from compress.progress import SILENT, Progress
+from compress.stages.base import (
+    Calibration,
+    Estimate,
+    StageConfig,
+    StageReport,
+    Workspace,
+    register,
+)
+
+
+@register
+class EncodeWeights:
+    """Huffman-code all tensors under their own names; nothing is built, nothing is lost."""
+
+    name: ClassVar[str] = "encode_weights"
+    lossless: ClassVar[bool] = True
+
+    class Config(StageConfig):
+        """No options: the canonical encoder decides, so that equal weights give equal files."""
+
+    def plan(self, checkpoint: Checkpoint, config: Config, calibration: Calibration) -> Estimate:
+        """The exact size of the coded tensors, from histograms: one pass of reading.
+
+        Raises `BadInput` for a checkpoint that is coded or quantized already.
+        """
+        _refuse_coded(checkpoint)
+        infos = checkpoint.tensor_infos().values()
+        nbytes = sum(codec.predict(info.dtype, checkpoint.chunks(info.name)) for info in infos)
+        return Estimate(nbytes, [f"{len(infos)} tensors coded losslessly"])
+
+    def run(
+        self, checkpoint: Checkpoint, config: Config, workspace: Workspace
+    ) -> tuple[Checkpoint, StageReport]:
+        """Code into ``workspace.directory``; every block is decoded and compared on the way."""
+        _refuse_coded(checkpoint)
+        infos = checkpoint.tensor_infos()
+
+        def code(info: TensorInfo) -> Iterator[NewTensor]:
+            original = Digest(checkpoint.chunks(info.name))
+            coded = codec.encode(info.name, info.dtype, info.shape, original, workspace.threads)
+            yield NewTensor(info.name, "U8", None, coded, lambda: _record(info, original))
+
+        coded, records = rewrite(
+            checkpoint,
+            workspace.directory,
+            code,
+            config={**checkpoint.config, "quantization_config": quantization_config(infos)},
+            metadata={"format": "pt", QUANT_METHOD: str(codec.FORMAT_VERSION)},
+            progress=workspace.progress,
+            label="encoding",
+        )
+        metrics = size_table(coded)
+        summary = (
+            f"{metrics['bytes_in']:,} → {metrics['bytes_out']:,} bytes, "
+            f"{metrics['bits_per_weight']} bits per weight"
+        )
+        report = StageReport(
+            stage=self.name,
+            config=config.model_dump(mode="json"),
+            summary=summary,
+            metrics=metrics,
+            tensors=records,
+        )
+        return coded, report
+
+
+def quantization_config(names: Any) -> dict[str, Any]:
+    """What ``config.json`` says of a coded checkpoint with tensors of these names."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": codec.FORMAT_VERSION,
+        "min_reader": codec.MIN_READER,
+        "tensors": len(names),
+        "names_sha256": names_sha256(names),
+    }
+
+
+def size_table(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Bytes before and after coding, in all and by dtype, and stored bits per weight."""
+    dtypes: dict[str, dict[str, int]] = defaultdict(
+        lambda: {"tensors": 0, "weights": 0, "bytes_in": 0, "bytes_out": 0}
+    )
+    for info in checkpoint.tensor_infos().values():
+        row = dtypes[info.dtype]
+        row["tensors"] += 1
+        row["weights"] += info.nbytes * 8 // codec.dtype_bits(info.dtype)
+        row["bytes_in"] += info.nbytes
+        row["bytes_out"] += info.stored_nbytes
+    total = {
+        key: sum(row[key] for row in dtypes.values())
+        for key in ("tensors", "weights", "bytes_in", "bytes_out")
+    }
+    bits = round(8 * total["bytes_out"] / max(1, total["weights"]), 3)
+    return {**total, "bits_per_weight": bits, "dtypes": dict(sorted(dtypes.items()))}
+
+
+def decode(coded: Checkpoint, directory: Path, progress: Progress = SILENT) -> Checkpoint:
+    """The dense checkpoint again, written into ``directory``; the inverse of `encode_weights`.
+
+    Raises `BadInput` if there is nothing to decode, `Corrupt` when a block checksum or the sha256
+    that the manifest holds of a tensor is not met.
+    """
+    if not coded.coded:
+        raise BadInput("is not compressed by entropress", where=coded.path)
+    expected = coded.manifest["tensors"] if coded.manifest else {}
+
+    def plain(info: TensorInfo) -> Iterator[NewTensor]:
+        chunks = Digest(coded.chunks(info.name))
+        yield NewTensor(info.name, info.dtype, info.shape, chunks, lambda: check(info, chunks))
+
+    def check(info: TensorInfo, chunks: Digest) -> dict[str, Any]:
+        record = _record(info, chunks)
+        if expected and expected.get(info.name, {}).get("sha256") != record["sha256"]:
+            raise Corrupt("has another sha256 than the manifest", where=f"{info.file}: {info.name}")
+        return record
+
+    config = {key: value for key, value in coded.config.items() if key != "quantization_config"}
+    metadata = {"format": "pt"}
+    dense, _ = rewrite(
+        coded,
+        directory,
+        plain,
+        config=config,
+        metadata=metadata,
+        progress=progress,
+        label="decoding",
+    )
+    return dense
+
+
+def _record(info: TensorInfo, digest: Digest) -> dict[str, Any]:
+    return {"dtype": info.dtype, "shape": list(info.shape), "sha256": digest.hexdigest()}
+
+
+def _refuse_coded(checkpoint: Checkpoint) -> None:
+    if checkpoint.coded:
+        raise BadInput(
+            "already compressed by entropress", where=checkpoint.path, mend="decompress it first"
+        )
+    if quantized := checkpoint.config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise BadInput(
+            f"already quantized by {method}, which encode_weights cannot take in yet",
+            where=checkpoint.path,
+            mend="pass the model it was made from",
+        )

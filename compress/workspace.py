@@ -1,0 +1,194 @@
+"""Where a run works: a hidden directory beside its output, locked, resumable, removed at the end.
+
+``.NAME.entropress`` holds ``run.json`` (what was permitted), and for each finished stage a
+directory named by a digest of its input and options, with its report beside it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint import (
+    CONFIG,
+    MANIFEST,
+    dump_json,
+    fsync_dir,
+    load_object,
+    read_manifest,
+    recover_dir,
+    replace_dir,
+    room_needed,
+    write_atomic,
+)
+from compress.errors import BadInput, EntropressError, Missing
+
+
+def workspace_path(output: Path) -> Path:
+    """The workspace of an output directory: deterministic, on the same file system."""
+    return output.with_name(f".{output.name}.entropress")
+
+
+def check_output(
+    output: Path, source: Path | None = None, *, resume: bool, overwrite: bool
+) -> None:
+    """Refuse an output that would destroy something, before anything is written.
+
+    Raises `BadInput` when it exists and ``overwrite`` is off, is not a checkpoint and would be
+    overwritten, overlaps the input, or was left unfinished and neither flag is given.
+    """
+    if resume and overwrite:
+        raise BadInput("--resume and --overwrite exclude each other")
+    real, taken = output.resolve(), source.resolve() if source else None
+    if taken and (real == taken or real in taken.parents or taken in real.parents):
+        raise BadInput("output and input overlap", where=output, mend="choose another --output-dir")
+    left = workspace_path(output).exists()
+    if left and not (resume or overwrite):
+        raise BadInput(
+            "an unfinished run was left here",
+            where=output,
+            mend="continue it with --resume or start again with --overwrite",
+        )
+    if not _occupied(output) or (resume and left):
+        return
+    if not overwrite:
+        raise BadInput(
+            "the output exists", where=output, mend="choose another --output-dir or --overwrite it"
+        )
+    if not ((output / MANIFEST).is_file() or (output / CONFIG).is_file()):
+        raise BadInput("is not a checkpoint, so it is not overwritten", where=output)
+
+
+def _occupied(output: Path) -> bool:
+    """Whether anything but an empty directory bears the name."""
+    if output.is_dir() and not output.is_symlink():
+        return any(output.iterdir())
+    return output.exists() or output.is_symlink()
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """An open, locked workspace."""
+
+    path: Path
+    output: Path
+    overwrite: bool
+
+    def stage(self, key: str) -> Path:
+        """The output directory of the stage with that key; made by whoever writes into it."""
+        return self.path / key
+
+    def report(self, key: str) -> dict[str, Any]:
+        """The report of a stage that is complete."""
+        return load_object(self._report(key))
+
+    def finished(self, key: str) -> bool:
+        """Whether a stage is complete and its output still there."""
+        return self._report(key).is_file() and self.stage(key).is_dir()
+
+    def finish(self, key: str, report: dict[str, Any]) -> None:
+        """Record that a stage's output is complete."""
+        write_atomic(self._report(key), dump_json(report))
+
+    def drop(self, key: str) -> None:
+        """Free a stage's output that the next one has used up; its report stays."""
+        shutil.rmtree(self.stage(key), ignore_errors=True)
+
+    def keep_only(self, keys: list[str]) -> None:
+        """Remove what belongs to another model or recipe."""
+        names = {name for key in keys for name in (key, f"{key}.json")} | {"lock", "run.json"}
+        for path in self.path.iterdir():
+            if path.name in names:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def publish(self, key: str, digest: str | None = None) -> None:
+        """Give a finished stage directory the output's name; ``digest`` is its manifest's."""
+        self._permit(published=digest)
+        if self.output.is_dir() and not any(self.output.iterdir()):
+            self.output.rmdir()
+        replace_dir(self.stage(key), self.output, overwrite=self.overwrite)
+
+    def published(self) -> dict[str, Any] | None:
+        """The output's manifest, if this run had got as far as publishing it."""
+        digest = self._run().get("published")
+        try:
+            manifest = read_manifest(self.output) if digest else None
+        except EntropressError:
+            return None
+        return manifest if manifest and manifest["sha256"] == digest else None
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path)
+        fsync_dir(self.path.parent)
+
+    def _report(self, key: str) -> Path:
+        return self.path / f"{key}.json"
+
+    def _run(self) -> dict[str, Any]:
+        path = self.path / "run.json"
+        return load_object(path) if path.is_file() else {}
+
+    def _permit(self, **facts: Any) -> None:
+        write_atomic(self.path / "run.json", dump_json({**self._run(), **facts}))
+
+
+@contextmanager
+def open_workspace(output: Path, *, overwrite: bool) -> Iterator[RunDirectory]:
+    """Make or take over the workspace of ``output``, for one process at a time.
+
+    ``overwrite`` starts afresh. Otherwise what an interrupted run left is taken over, with the
+    permission it had. An exception leaves the workspace for `--resume`. Raises `BadInput` when another process is at work on the same output, `Missing` when the place
+    cannot be written.
+    """
+    path = workspace_path(output)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise Missing(f"cannot be written: {error.strerror}", where=output.parent) from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadInput("another run is writing here", where=output) from None
+        recover_dir(output)
+        run = RunDirectory(path, output, overwrite)
+        if overwrite:
+            run.keep_only([])
+            run._permit(overwrite=True, published=None)
+        else:
+            run = RunDirectory(path, output, bool(run._run().get("overwrite")))
+        with room_needed(output):
+            yield run
+    finally:
+        os.close(lock)
+
+
+def stage_key(index: int, *inputs: Any) -> str:
+    """The name of a stage's directory: its position and a digest of all that decides its output."""
+    return f"{index:02}-{hashlib.sha256(dump_json(list(inputs))).hexdigest()[:24]}"
+
+
+def check_room(directory: Path, needed: int, already: Path) -> None:
+    """Raise `Missing` unless about ``needed`` bytes are free, less what ``already`` holds."""
+    held = sum(path.stat().st_size for path in already.rglob("*") if path.is_file())
+    free = shutil.disk_usage(directory).free
+    if free + held < needed:
+        raise Missing(
+            "not enough room on disk",
+            where=directory,
+            got=f"{free / 1e9:.2f} GB free",
+            expected=f"about {needed / 1e9:.2f} GB",
+            mend="free some space or choose another --output-dir",
+        )

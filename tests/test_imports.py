@@ -1,0 +1,126 @@
+"""Imports run downward only, and importing the package costs nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "compress"
+
+# docs/ARCHITECTURE.md
+FLOORS = {
+    "main": 8,
+    "console": 8,
+    "pipeline": 7,
+    "workspace": 7,
+    "recipe": 6,
+    "yaml_source": 6,
+    "stages": 5,
+    "evaluate": 4,
+    "prune": 4,
+    "hf": 3,
+    "_autoload": 3,
+    "signals": 3,
+    "checkpoint": 2,
+    "codec": 1,
+    "errors": 0,
+    "paths": 0,
+    "progress": 0,
+    "": 0,  # compress itself: the version, and the verbs by name
+}
+
+
+def room(module: str) -> str:
+    """``compress.codec.native`` is of the room ``codec``."""
+    return [*module.split("."), ""][1]
+
+
+def imported(path: Path) -> set[str]:
+    """Every module of the package that a file imports, at any depth, except for types only."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "compress"}
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_downward(path: Path) -> None:
+    own = room(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__"))
+    assert own in FLOORS, f"{own} has no floor"
+    for name in imported(path):
+        target = room(name)
+        if target not in FLOORS:  # an attribute of compress itself, such as its version
+            assert not (PACKAGE / target).exists(), f"{target} has no floor"
+            target = ""
+        assert FLOORS[target] <= FLOORS[own], f"{own} imports {name}, which is above it"
+
+
+def test_nobody_reaches_into_anothers_insides() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("compress."):
+                inside = [alias.name for alias in node.names if alias.name.startswith("_")]
+                allowed = {"_autoload", "__version__"}
+                assert set(inside) <= allowed, f"{path.name} imports {inside} of {node.module}"
+
+
+def test_kernels_holds_no_python() -> None:
+    assert not list((ROOT / "kernels").rglob("*.py"))
+
+
+@pytest.mark.parametrize("statement", ["import compress", "import compress.main"])
+def test_importing_is_quick_and_light(statement: str) -> None:
+    script = (
+        "import sys, time; start = time.perf_counter(); "
+        f"{statement}; print(time.perf_counter() - start); "
+        "assert not {'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", script]
+    times = [
+        float(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout)
+        for _ in range(5)
+    ]
+    assert min(times) < 0.1
+
+
+def test_the_verbs_are_found_on_first_use() -> None:
+    script = "import compress; print(*[getattr(compress, name).__name__ for name in compress.__all__[1:]])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["decompress", "inspect", "measure", "plan", "run", "verify"]
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_package_and_its_data_only(tmp_path: Path) -> None:
+    import zipfile
+
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", tmp_path, ROOT], check=True
+    )
+    [wheel] = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"compress"}
+    assert "compress/recipes/lossless.yaml" in names
+    assert "compress/kernels/codec.cpp" in names
+    sources = {path.relative_to(ROOT).as_posix() for path in FILES}
+    assert sources <= set(names)

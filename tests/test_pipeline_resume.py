@@ -1,0 +1,162 @@
+"""Killed at any point, a run loses nothing: --resume gives the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from compress import pipeline
+from compress.errors import BadInput, Missing
+from compress.workspace import workspace_path
+
+QUICK = ["calibration.sequences=2", "calibration.length=32"]
+RECIPES = ("lossless.yaml", "entropy_prune.yaml")
+ROOT = Path(__file__).resolve().parent.parent
+Contents = Callable[[Path], dict[str, bytes]]
+DieAt = Callable[[Callable[[], object], int], bool]
+
+
+def kill_and_resume(
+    model: Path, tmp_path: Path, recipe: str, points: list[int], die_at: DieAt, contents: Contents
+) -> None:
+    """Die at each point in turn, going on with --resume each time; then finish and compare."""
+    pipeline.run(recipe, model, tmp_path / "whole", overrides=QUICK)
+    out = tmp_path / "out"
+    resume = False
+    for point in points:
+        run = lambda flag=resume: pipeline.run(recipe, model, out, overrides=QUICK, resume=flag)  # noqa: E731
+        if not die_at(run, point):
+            break
+        assert not out.exists() or contents(out) == contents(tmp_path / "whole")
+        resume = workspace_path(out).exists()
+    if resume or not out.exists():
+        pipeline.run(recipe, model, out, overrides=QUICK, resume=True)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize("point", [3, 20, 60, 75, 90, 105, 120])
+def test_killed_once(
+    tiny_llama_sharded: Path, tmp_path: Path, point: int, die_at: DieAt, contents: Contents
+) -> None:
+    kill_and_resume(
+        tiny_llama_sharded, tmp_path, "lossless.yaml", [point], die_at, contents
+    )
+
+
+def test_killed_again_and_again(
+    tiny_llama_sharded: Path, tmp_path: Path, die_at: DieAt, contents: Contents
+) -> None:
+    points = [50, 60, 70, 80, 90]
+    kill_and_resume(tiny_llama_sharded, tmp_path, "lossless.yaml", points, die_at, contents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("seed", range(12))
+def test_killed_anywhere(
+    tiny_llama_sharded: Path,
+    tmp_path: Path,
+    recipe: str,
+    seed: int,
+    die_at: DieAt,
+    contents: Contents,
+) -> None:
+    chance = random.Random(seed)
+    points = [chance.randrange(1, 300) for _ in range(chance.randrange(1, 5))]
+    kill_and_resume(tiny_llama_sharded, tmp_path, recipe, points, die_at, contents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_kill_9_of_the_command(
+    tiny_llama_sharded: Path, tmp_path: Path, seed: int, contents: Contents
+) -> None:
+    pipeline.run("lossless.yaml", tiny_llama_sharded, tmp_path / "whole")
+    out = tmp_path / "out"
+    command = [sys.executable, ROOT / "cli.py", "compress", "--recipe", "lossless.yaml"]
+    command += ["--output-dir", out]
+    chance = random.Random(seed)
+    with subprocess.Popen([*command, tiny_llama_sharded], cwd=ROOT) as process:
+        while not workspace_path(out).exists() and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+    if workspace_path(out).exists():
+        subprocess.run([*command, "--resume", tiny_llama_sharded], cwd=ROOT, check=True)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_an_unfinished_run_must_be_continued_or_started_again(
+    tiny_llama: Path, tmp_path: Path, die_at: DieAt
+) -> None:
+    out = tmp_path / "out"
+    assert die_at(lambda: pipeline.run("lossless.yaml", tiny_llama, out), 60)
+    assert workspace_path(out).exists()
+    with pytest.raises(BadInput, match="unfinished run.*--resume.*--overwrite"):
+        pipeline.run("lossless.yaml", tiny_llama, out)
+    pipeline.run("lossless.yaml", tiny_llama, out, overwrite=True)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_resumed_run_of_another_recipe_reuses_nothing(
+    tiny_llama: Path, tmp_path: Path, die_at: DieAt, contents: Contents
+) -> None:
+    pipeline.run("lossless.yaml", tiny_llama, tmp_path / "whole")
+    prune = lambda: pipeline.run("entropy_prune.yaml", tiny_llama, tmp_path / "out", overrides=QUICK)  # noqa: E731
+    assert die_at(prune, 100)
+    pipeline.run("lossless.yaml", tiny_llama, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("point", range(40, 160, 9))
+def test_an_overwrite_that_is_killed_keeps_the_old_output_or_has_the_new(
+    tiny_llama: Path,
+    tiny_llama_tied: Path,
+    tmp_path: Path,
+    point: int,
+    die_at: DieAt,
+    contents: Contents,
+) -> None:
+    out = tmp_path / "out"
+    pipeline.run("lossless.yaml", tiny_llama_tied, out)
+    pipeline.run("lossless.yaml", tiny_llama, tmp_path / "new")
+    old, new = contents(out), contents(tmp_path / "new")
+    died = die_at(lambda: pipeline.run("lossless.yaml", tiny_llama, out, overwrite=True), point)
+    there = [contents(path) for path in (out, tmp_path / ".out.replaced") if path.exists()]
+    assert old in there or new in there
+    try:
+        pipeline.run("lossless.yaml", tiny_llama, out, resume=died)
+    except BadInput as error:  # it died before it had begun, or after it had ended
+        assert "the output exists" in str(error)
+        pipeline.run("lossless.yaml", tiny_llama, out, overwrite=True)
+    assert contents(out) == new
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "out"]
+
+
+def test_a_full_disk_is_one_clear_line_and_can_be_resumed(
+    tiny_llama_sharded: Path, tmp_path: Path, contents: Contents
+) -> None:
+    """A limit on the size of files stands for a full disk: both fail the write."""
+    import resource
+
+    pipeline.run("lossless.yaml", tiny_llama_sharded, tmp_path / "whole")
+    out = tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(Missing, match="no room on disk"):
+            pipeline.run("lossless.yaml", tiny_llama_sharded, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not out.exists()
+    assert not list(workspace_path(out).rglob("*.part"))
+    pipeline.run("lossless.yaml", tiny_llama_sharded, out, resume=True)
+    assert contents(out) == contents(tmp_path / "whole")
