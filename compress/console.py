@@ -28,21 +28,25 @@ class Cli(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except EntropressError as error:
-            line, code = f"error: {error}", error.exit_code
-        except KeyboardInterrupt:
-            line, code = ctx.meta.get("interrupted", "interrupted"), INTERRUPTED
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
-        except Exception as error:
-            line = f"internal error: {type(error).__name__}: {' '.join(str(error).split())}"
-            code = INTERNAL_ERROR
-            if not ctx.meta.get("verbose"):
-                line += "; run again with -v to see where"
-        if ctx.meta.get("verbose"):
-            click.echo(traceback.format_exc(), err=True, nl=False)
+        except (Exception, KeyboardInterrupt) as error:
+            line, code = _last_words(error, ctx)
+            if ctx.meta.get("verbose"):
+                click.echo(traceback.format_exc(), err=True, nl=False)
         click.echo(line, err=True)
-        ctx.exit(code)
+        raise click.exceptions.Exit(code)
+
+
+def _last_words(error: BaseException, ctx: click.Context) -> tuple[str, int]:
+    """The line a command ends with, and its exit code."""
+    if isinstance(error, EntropressError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return ctx.meta.get("interrupted", "interrupted"), INTERRUPTED
+    line = f"internal error: {type(error).__name__}: {' '.join(str(error).split())}"
+    hint = "" if ctx.meta.get("verbose") else "; run again with -v to see where"
+    return line + hint, INTERNAL_ERROR
 
 
 class Console:
@@ -76,9 +80,14 @@ def progress() -> Iterator[Progress]:
         yield Lines()
         return
     from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
     from rich.progress import Progress as Bars
-    from rich.progress import TransferSpeedColumn
 
     columns = (
         TextColumn("{task.description:<20}"),

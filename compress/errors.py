@@ -52,7 +52,7 @@ class CheckFailed(EntropressError):
 
 
 class Missing(EntropressError):
-    """The environment lacks a package, a tool, a network or room on disk; ``mend`` says what helps."""
+    """The environment lacks a package, a tool, a network or room on disk; ``mend`` helps."""
 
     exit_code = 3
 

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def main() -> None:
     """Entry point of `entropress` and of cli.py."""
-    # What loads models through transformers draws bars of its own, and logs what we check ourselves.
+    # transformers draws bars of its own, and logs what we check ourselves.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     cli(prog_name="entropress")
@@ -43,18 +42,24 @@ def verbose_option(command: Command) -> Command:
     return option(command)
 
 
-def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
     """Several options, and those that every command has."""
     common = (click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),)
-    return lambda command: reduce(
-        lambda wrapped, decorate: decorate(wrapped), (verbose_option, *common, *decorators), command
-    )
+
+    def decorate(command: Command) -> Command:
+        for decorator in (verbose_option, *common, *reversed(decorators)):
+            command = decorator(command)
+        return command
+
+    return decorate
 
 
 revision_option = click.option("--revision", help="Branch, tag or commit of a hub model.")
 resume_option = click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 overwrite_option = click.option(
-    "--overwrite", is_flag=True, help="Replace an existing output, or start an unfinished one again."
+    "--overwrite",
+    is_flag=True,
+    help="Replace an existing output, or start an unfinished one again.",
 )
 
 
@@ -96,7 +101,8 @@ def compress(
     as_json: bool,
 ) -> None:
     """Run a recipe on MODEL and publish the outcome."""
-    from compress import pipeline, recipe as recipes
+    from compress import pipeline
+    from compress import recipe as recipes
 
     console, chosen = Console(as_json), recipes.load(recipe, overrides)
     output = output_dir or f"{base_name(model)}-{chosen.name}"
@@ -138,7 +144,9 @@ def compress(
 
 @cli.command()
 @options(
-    click.option("--entropy/--no-entropy", default=True, help="Read all tensors for the entropies."),
+    click.option(
+        "--entropy/--no-entropy", default=True, help="Read all tensors for the entropies."
+    ),
     revision_option,
 )
 @click.argument("path", metavar="MODEL")
@@ -198,7 +206,8 @@ def verify(path: str, against: str | None, revision: str | None, as_json: bool) 
     if not report.ok:
         raise CheckFailed(f"{len(report.faults)} faults, {report.faults[0]} first", where=path)
     console.say(
-        f"{path}: {report.tensors} tensors ({size(report.nbytes)}) and {report.files} files are sound"
+        f"{path}: {report.tensors} tensors ({size(report.nbytes)}) and {report.files} files "
+        "are sound"
     )
     if against:
         equal = report.tensors - len(report.changed)

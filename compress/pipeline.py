@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,7 +17,14 @@ from compress.errors import BadInput
 from compress.progress import SILENT, Progress
 from compress.recipe import Recipe, StageSpec
 from compress.stages import StageReport, Workspace, encode_weights
-from compress.workspace import RunDirectory, check_output, check_room, open_workspace, stage_key
+from compress.workspace import (
+    RunDirectory,
+    absolute,
+    check_output,
+    check_room,
+    open_workspace,
+    stage_key,
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def run(
     written. Raises `BadInput`, `Missing` or `Corrupt`.
     """
     chosen = recipes.load(recipe, overrides)
-    output = Path(os.path.abspath(output_dir))  # not resolve(): the name may be a link
+    output = absolute(output_dir)
     check_output(output, resume=resume, overwrite=overwrite)
     source = room.resolve(str(model), revision, progress)
     check_output(output, source.path, resume=resume, overwrite=overwrite)
@@ -118,7 +124,7 @@ def decompress(
     Every tensor is checked against the sha256 in the manifest. The outcome is an ordinary
     checkpoint without manifest. Raises `BadInput`, `Missing` or `Corrupt`.
     """
-    output = Path(os.path.abspath(output_dir))  # not resolve(): the name may be a link
+    output = absolute(output_dir)
     coded = room.open(model)
     check_output(output, coded.path, resume=resume, overwrite=overwrite)
     if not coded.coded:

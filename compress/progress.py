@@ -6,7 +6,7 @@ The command line passes an implementation that draws bars on a terminal; by defa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -20,17 +20,11 @@ class Step(Protocol):
 class Progress(Protocol):
     """Receives the pieces of work as they begin, advance and end."""
 
-    def step(self, label: str, total: int, unit: str = "B") -> _StepContext:
+    def step(self, label: str, total: int, unit: str = "B") -> AbstractContextManager[Step]:
         """A context manager that gives a `Step`; ``total`` is in ``unit``."""
 
     def note(self, line: str) -> None:
         """A remark worth one line: a fallback taken, a shard resumed."""
-
-
-class _StepContext(Protocol):
-    def __enter__(self) -> Step: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class Silent:

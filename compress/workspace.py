@@ -31,6 +31,11 @@ from compress.checkpoint import (
 from compress.errors import BadInput, EntropressError, Missing
 
 
+def absolute(output: str | Path) -> Path:
+    """An output's full path without ``..``; a link stays a link, since links are replaced."""
+    return Path(os.path.abspath(output))  # noqa: PTH100
+
+
 def workspace_path(output: Path) -> Path:
     """The workspace of an output directory: deterministic, on the same file system."""
     return output.with_name(f".{output.name}.entropress")
@@ -148,8 +153,8 @@ def open_workspace(output: Path, *, overwrite: bool) -> Iterator[RunDirectory]:
     """Make or take over the workspace of ``output``, for one process at a time.
 
     ``overwrite`` starts afresh. Otherwise what an interrupted run left is taken over, with the
-    permission it had. An exception leaves the workspace for `--resume`. Raises `BadInput` when another process is at work on the same output, `Missing` when the place
-    cannot be written.
+    permission it had. An exception leaves the workspace for `--resume`. Raises `BadInput` when
+    another process is at work on the same output, `Missing` when the place cannot be written.
     """
     path = workspace_path(output)
     try:

@@ -3,6 +3,7 @@
 #include "codec.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -96,16 +97,23 @@ struct Isa {
   const Loops* loops;
 };
 
+// The best set the processor has, or a lesser one named by ENTROPRESS_ISA, so that every path can be tested anywhere.
 const Isa& isa() {
   static const Isa chosen = [] {
+    const char* limit = std::getenv("ENTROPRESS_ISA");
+    const auto allowed = [&](const char* name) { return !limit || !*limit || !std::strcmp(limit, name); };
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("bmi2"))
+    if (allowed("avx512") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"))
       return Isa{"avx512", avx512::kLoops};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) return Isa{"avx2", avx2::kLoops};
+    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"))
+      return Isa{"avx2", avx2::kLoops};
     return Isa{"portable", portable::kLoops};
 #elif defined(__aarch64__)
+    (void)allowed;
     return Isa{"neon", portable::kLoops};  // the compiler's baseline has NEON
 #else
+    (void)allowed;
     return Isa{"portable", portable::kLoops};
 #endif
   }();

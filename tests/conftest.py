@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-# Before anything imports torch: no network, and two workers on two cores stay out of each other's way.
+# Before anything imports torch: no network, and two workers do not fight over two cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -163,9 +163,9 @@ def test_a_coded_or_quantized_model_is_refused(tiny_llama: Path, tmp_path: Path)
 
 
 def test_two_runs_at_once_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    with open_workspace(tmp_path / "out", overwrite=False):
-        with pytest.raises(BadInput, match="another run is writing here"):
-            pipeline.run(LOSSLESS, tiny_llama, tmp_path / "out", resume=True)
+    busy = pytest.raises(BadInput, match="another run is writing here")
+    with open_workspace(tmp_path / "out", overwrite=False), busy:
+        pipeline.run(LOSSLESS, tiny_llama, tmp_path / "out", resume=True)
 
 
 def test_too_little_room_is_found_before_writing(

@@ -42,20 +42,38 @@ def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("version: 1\nstages:\n  - prune_blocks:\n      dorp: 2\n", r":4: stages\.0\.prune_blocks\.dorp: unknown key 'dorp'; did you mean 'drop'\?"),
+        (
+            "version: 1\nstages:\n  - prune_blocks:\n      dorp: 2\n",
+            r":4: stages\.0\.prune_blocks\.dorp: unknown key 'dorp'; did you mean 'drop'\?",
+        ),
         ("version: 1\nstagse: []\n", r":2: stagse: unknown key|stages: missing key"),
-        ("version: 1\nmodel: {dtype: bf16}\nstages: [encode_weights: {}]\n", r":2: model\.dtype: .*'bfloat16'.*got 'bf16'"),
-        ("version: 1\nstages:\n  - encode_weihgts: {}\n", r":3: stages\.0: unknown stage 'encode_weihgts'; did you mean 'encode_weights'\?"),
+        (
+            "version: 1\nmodel: {dtype: bf16}\nstages: [encode_weights: {}]\n",
+            r":2: model\.dtype: .*'bfloat16'.*got 'bf16'",
+        ),
+        (
+            "version: 1\nstages:\n  - encode_weihgts: {}\n",
+            r":3: stages\.0: unknown stage 'encode_weihgts'; did you mean 'encode_weights'\?",
+        ),
         ("version: 2\nstages: [encode_weights]\n", r":1: version: .*got 2"),
         ("stages: [encode_weights]\n", r"version: missing key"),
         ("version: 1\nstages: []\n", r":2: stages: a recipe needs a stage"),
-        ("version: 1\nstages:\n- {encode_weights: {}, prune_blocks: {}}\n", r":3: .*one name.*got 2 keys"),
-        ("version: 1\nstages:\n- encode_weights\n- prune_blocks\n", r":3: stages\.0: encode_weights must be the last"),
+        (
+            "version: 1\nstages:\n- {encode_weights: {}, prune_blocks: {}}\n",
+            r":3: .*one name.*got 2 keys",
+        ),
+        (
+            "version: 1\nstages:\n- encode_weights\n- prune_blocks\n",
+            r":3: stages\.0: encode_weights must be the last",
+        ),
         ("version: 1\nversion: 1\nstages: []\n", r":2: key 'version' stands twice"),
         ("version: 1\nstages: [\n", r"mine\.yaml:\d: not valid YAML"),
         ("a: &a [*a]\n", r"not valid YAML|unknown key"),
         ("- 1\n", r"a recipe is a mapping"),
-        ("version: 1\ncalibration: {length: 0}\nstages: [encode_weights]\n", r":2: calibration\.length: .*got 0"),
+        (
+            "version: 1\ncalibration: {length: 0}\nstages: [encode_weights]\n",
+            r":2: calibration\.length: .*got 0",
+        ),
         ("version: 1\nstages: [prune_blocks: 3]\n", r":2: stages\.0\.prune_blocks: .*got 3"),
     ],
 )

@@ -93,7 +93,6 @@ def recover_dir(final: Path) -> None:
     aside, discarded = _aside(final), final.with_name(f".{final.name}.discarded")
     if aside.exists() or aside.is_symlink():
         # Removal is not atomic: rename first, so that half of a directory is never put back.
-        _remove(discarded)
         aside.rename(discarded if final.exists() else final)
     _remove(discarded)
 

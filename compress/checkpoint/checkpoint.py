@@ -123,7 +123,8 @@ class Checkpoint:
             return
         with path.open("rb") as stored, _naming(path):
             stored.seek(entry.start)
-            yield from codec.decode_stream(stored.read, entry.nbytes, name)
+            for piece in codec.decode_stream(stored.read, entry.nbytes, name):
+                yield piece.data
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor on the CPU, decoded if coded. Raises as `chunks`."""
@@ -139,7 +140,7 @@ class Checkpoint:
             blob = np.empty(nbytes, np.uint8)
             read_into(self.path / file, start, blob.data)
             with _naming(self.path / file):
-                codec.decode(blob, name, out=data)
+                codec.decode(blob.data, name, out=data)
         else:
             read_into(self.path / file, start, data.data)
         return tensor.reshape(shape)

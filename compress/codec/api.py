@@ -74,7 +74,7 @@ def predict(
     coder, threads = choose(), threads_or_all(threads)
     if shape is not None:
         chunks = _exactly(header.nbytes, chunks, None)
-    segments = sum(
+    segments: int = sum(
         coder.predict(run, header.width, header.rotate, threads)
         for run in _runs(chunks, header.width)
     )
@@ -105,14 +105,16 @@ def decode(
     """
     import numpy as np
 
-    data = np.frombuffer(blob, np.uint8)
+    data = np.frombuffer(memoryview(blob), np.uint8)
     header = parse_header(data.data, name)
     end, left = header.size, header.words
     while left:
-        head = parse_head(data[end:].data, left, header.width, header.block_log2, name)
+        head = parse_head(
+            data[end : end + HEAD.size].data, left, header.width, header.block_log2, name
+        )
         end += head.size
         left -= head.words
-    _check_tail(header, end, data[end:].tobytes() if data.size - end < 64 else b"", name)
+    _check_tail(header, end, data[end : end + TAIL + 2].tobytes(), name)
     if out is None:
         out = _allocate(header.nbytes, name)
     elif out.dtype != np.uint8 or out.shape != (header.nbytes,) or not out.flags.c_contiguous:
@@ -137,7 +139,7 @@ def decode_stream(
     name: str | None = None,
     threads: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """The decoded bytes of a coded tensor in consecutive uint8 arrays; memory: a few runs of 32 MiB.
+    """The decoded bytes of a coded tensor as uint8 arrays in order; memory: a few runs of 32 MiB.
 
     ``read(n)`` gives the next ``n`` bytes of the coded tensor, which has ``nbytes_stored`` bytes in
     all. Raises as `decode`; the end of the tensor is checked after the last array.
@@ -169,9 +171,7 @@ def decode_stream(
         left -= words
         index += segments
     end = source.at
-    _check_tail(
-        header, end, source.take(nbytes_stored - end) if nbytes_stored - end < 64 else b"", name
-    )
+    _check_tail(header, end, source.take(min(nbytes_stored - end, TAIL + 2)), name)
 
 
 class _Source:

@@ -16,7 +16,7 @@ VARIABLE = "ENTROPRESS_BACKEND"
 
 
 class Backend(Protocol):
-    """What an implementation offers. ``data`` and ``out``: contiguous uint8, ``width`` bytes a word.
+    """What an implementation offers. ``data``, ``out``: contiguous uint8, ``width`` bytes a word.
 
     ``encode`` and ``predict`` take whole groups except at the tensor's end. ``decode`` raises
     `Corrupt` naming segment and block, but not the tensor.
@@ -44,12 +44,12 @@ class Backend(Protocol):
 
 
 def choose() -> Any:
-    """The `Backend` module in use. `Missing` if the one that the environment forces cannot be had."""
+    """The `Backend` module in use. `Missing` if the one the environment forces cannot be had."""
     return _choose(os.environ.get(VARIABLE, ""))[0]
 
 
 def backend() -> str:
-    """The backend in use, for people: ``native (avx512)``, ``numpy fallback (no C++ compiler …)``."""
+    """The backend in use, for people: ``native (avx512)`` or ``numpy fallback (and why)``."""
     module, detail = _choose(os.environ.get(VARIABLE, ""))
     return f"{module.NAME} ({detail})"
 

@@ -1,4 +1,4 @@
-"""The codec in numpy, for machines without a C++ compiler. Gives the same bytes as the reference."""
+"""The codec in numpy, for machines without a C++ compiler. Same bytes as the reference."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from compress.codec.format import BLOCK_LOG2, GROUP_BLOCKS
 from compress.codec.huffman import add_counts, plan_plane, segment_blocks
 from compress.codec.segment import (
     CONSTANT,
+    HEAD,
     HUFFMAN,
     RAW,
     Block,
@@ -35,7 +36,7 @@ _PIECE = 1 << 19  # bytes of streams decoded at once; each of their bits takes 4
 
 def crc32c(data: Buffer) -> int:
     """CRC-32C of any contiguous buffer."""
-    return int(crc32c_rows(np.frombuffer(data, np.uint8)[None])[0])
+    return int(crc32c_rows(np.frombuffer(memoryview(data), np.uint8)[None])[0])
 
 
 def encode(data: np.ndarray, width: int, rotate: int, threads: int) -> bytes:
@@ -85,14 +86,16 @@ def decode(
 
     Raises `Corrupt`, naming segment and block.
     """
-    data = np.frombuffer(buffer, np.uint8)[:nbytes]
+    data = np.frombuffer(memoryview(buffer), np.uint8)[:nbytes]
     at = done = index = 0
     while done < words:
         where = f"segment {index}"
-        head = parse_head(data[at:].data, words - done, width, block_log2, where)
+        head = parse_head(data[at : at + HEAD.size].data, words - done, width, block_log2, where)
         if head.size > data.size - at:
             raise Corrupt("truncated: the segments end before the tensor does", where=where)
-        segment = parse_segment(data[at:].data, head, width, block_log2, where)
+        segment = parse_segment(
+            data[at : at + head.meta_bytes].data, head, width, block_log2, where
+        )
         payload = data[at + head.meta_bytes : at + head.size]
         target = out[done * width : (done + head.words) * width]
         _decode_segment(segment, payload, rotate, target.reshape(-1, width), where)

@@ -28,7 +28,8 @@ def _advance_tables(log2_bytes: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _advance(remainders: np.ndarray, log2_bytes: int) -> np.ndarray:
     low, high = _advance_tables(log2_bytes)
-    return low[remainders & 0xFFFF] ^ high[remainders >> 16]
+    advanced: np.ndarray = low[remainders & 0xFFFF] ^ high[remainders >> 16]
+    return advanced
 
 
 def crc32c_rows(rows: np.ndarray) -> np.ndarray:

@@ -16,8 +16,8 @@ from compress.codec.segment import Plane
 def stream_bytes(plane: Plane, blocks: np.ndarray) -> np.ndarray:
     """Length in bytes of each stream (block × stream) for ``blocks`` (block × word, uint8)."""
     symbols, outside = _cut(blocks)
-    bits = _lengths(plane, symbols, outside).sum(axis=2, dtype=np.int64)
-    return bits + 7 >> 3
+    bits: np.ndarray = _lengths(plane, symbols, outside).sum(axis=2, dtype=np.int64)
+    return (bits + 7) // 8
 
 
 def pack_streams(plane: Plane, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -32,7 +32,7 @@ def pack_streams(plane: Plane, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarr
         items = items << lengths[..., i::4] | codes[..., i::4]
         item_bits = item_bits + lengths[..., i::4]
     ends = np.cumsum(item_bits, axis=2)
-    sizes = (ends[..., -1].astype(np.int64) + 7) >> 3
+    sizes = (ends[..., -1].astype(np.int64) + 7) // 8
     stream_ends = np.cumsum(sizes)
     starts = (stream_ends - sizes.ravel()).reshape(sizes.shape).astype(np.uint64)
     at = (ends - item_bits + (starts * np.uint64(8))[..., None]).ravel()
@@ -67,11 +67,11 @@ def decode_streams(
     per_stream = -(-words // STREAMS)
     symbol_of, length_of = _window_tables(plane)
     total = 8 * packed.size
-    padded = np.concatenate([packed, np.zeros(3, np.uint8)]).astype(np.uint32)
+    padded = np.concatenate([packed, np.zeros(3, np.uint8)]).astype(np.intp)
     shifted = padded[:-3] << 24 | padded[1:-2] << 16 | padded[2:-1] << 8 | padded[3:]
-    shifts = np.arange(20, 12, -1, dtype=np.uint32)
-    mask = np.uint32((1 << MAX_CODE_BITS) - 1)
-    windows = (shifted[:, None] >> shifts & mask).ravel().astype(np.intp)
+    shifts = np.arange(20, 12, -1)
+    mask = (1 << MAX_CODE_BITS) - 1
+    windows = (shifted[:, None] >> shifts & mask).ravel()
 
     # Where each position leads; past the end everything leads to a position that no stream ends at.
     overrun = total + 1
@@ -83,7 +83,7 @@ def decode_streams(
     position[0] = 8 * (ends - sizes.ravel())
     for step in range(per_stream):
         # In range by construction; with the default mode numpy would buffer.
-        np.take(following, position[step], out=position[step + 1], mode="clip")
+        following.take(position[step], out=position[step + 1], mode="clip")
 
     count = np.clip(words - per_stream * np.arange(STREAMS), 0, per_stream)
     stop = position[np.tile(count, len(sizes)), np.arange(sizes.size)]
@@ -112,7 +112,7 @@ def _cut(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lengths(plane: Plane, symbols: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    lengths = np.array(plane.lengths, np.uint8)[symbols]
+    lengths: np.ndarray = np.array(plane.lengths, np.uint8)[symbols]
     lengths[:, outside] = 0
     return lengths
 

@@ -47,10 +47,15 @@ _LAYOUT = {
 
 
 def dtype_bits(dtype: str) -> int:
-    """Bits of one element of a safetensors dtype: 16 for ``BF16``. `BadInput` for an unknown one."""
+    """Bits of one element of a safetensors dtype: 16 for ``BF16``. `BadInput` if unknown."""
     if dtype not in _BITS:
         raise BadInput(f"unknown dtype '{dtype}'", mend=did_you_mean(dtype, _BITS))
     return _BITS[dtype]
+
+
+def name_crc(name: str) -> int:
+    """The checksum of a tensor's name that its header carries."""
+    return crc32c(name.encode("utf-8", "surrogatepass"))
 
 
 def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
@@ -107,8 +112,8 @@ class Header:
     def tail(self, end_of_segments: int) -> bytes:
         """The zero bytes after segments that end at that offset of the coded tensor.
 
-        One more than `TAIL` where the stored shape would otherwise equal the original one, so that a
-        reader that does not know the format never takes the bytes for the tensor.
+        One more than `TAIL` where the stored shape would otherwise equal the original one, so that
+        a reader that does not know the format never takes the bytes for the tensor.
         """
         return bytes(TAIL + (self.shape == (end_of_segments + TAIL,)))
 
@@ -123,9 +128,7 @@ def make_header(name: str, dtype: str, shape: Sequence[int]) -> Header:
             "too many dimensions", where=name, got=len(shape), expected=f"at most {MAX_DIMS}"
         )
     width, rotate = _LAYOUT.get(dtype, (1, 0))
-    return Header(
-        dtype, tuple(shape), width, rotate, BLOCK_LOG2, nbytes // width, crc32c(name.encode())
-    )
+    return Header(dtype, tuple(shape), width, rotate, BLOCK_LOG2, nbytes // width, name_crc(name))
 
 
 def parse_header(prefix: bytes | memoryview, name: str | None = None) -> Header:
@@ -142,7 +145,7 @@ def parse_header(prefix: bytes | memoryview, name: str | None = None) -> Header:
 
     prefix = bytes(prefix[:HEADER_MAX])
     check(len(prefix) > _FIXED.size, "truncated within the header of the coded tensor")
-    magic, version, min_reader, width, rotate, block_log2, ndim, name_crc, dtype, words = (
+    magic, version, min_reader, width, rotate, block_log2, ndim, stored_name, dtype, words = (
         _FIXED.unpack_from(prefix)
     )
     check(magic == MAGIC, "is not a coded tensor: the first bytes are not EPTR")
@@ -168,9 +171,9 @@ def parse_header(prefix: bytes | memoryview, name: str | None = None) -> Header:
         "the header's shape and dtype disagree with its number of words",
     )
     check(
-        name is None or crc32c(name.encode()) == name_crc,
+        name is None or name_crc(name) == stored_name,
         "the coded tensor was written under another name",
     )
     return Header(
-        dtype_name, shape, width, rotate, block_log2, words, name_crc, version, min_reader
+        dtype_name, shape, width, rotate, block_log2, words, stored_name, version, min_reader
     )

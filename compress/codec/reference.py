@@ -20,6 +20,7 @@ from compress.codec.format import (
 from compress.codec.huffman import add_counts, canonical_codes, plan_plane, segment_blocks
 from compress.codec.segment import (
     CONSTANT,
+    HEAD,
     HUFFMAN,
     RAW,
     Block,
@@ -56,10 +57,10 @@ def decode(segments: bytes, words: int, width: int, rotate: int, block_log2: int
     at = index = 0
     while words:
         where = f"segment {index}"
-        head = parse_head(segments[at:], words, width, block_log2, where)
+        head = parse_head(segments[at : at + HEAD.size], words, width, block_log2, where)
         if head.size > len(segments) - at:
             raise Corrupt("truncated: the segments end before the tensor does", where=where)
-        segment = parse_segment(segments[at:], head, width, block_log2, where)
+        segment = parse_segment(segments[at : at + head.meta_bytes], head, width, block_log2, where)
         payload = segments[at + head.meta_bytes : at + head.size]
         for number, block in enumerate(segment.blocks):
             place = f"{where}, block {number}"
@@ -84,7 +85,7 @@ def decode_tensor(blob: bytes, name: str | None = None) -> bytes:
     header = parse_header(blob, name)
     end, left = header.size, header.words
     while left:
-        head = parse_head(blob[end:], left, header.width, header.block_log2, name)
+        head = parse_head(blob[end : end + HEAD.size], left, header.width, header.block_log2, name)
         end += head.size
         left -= head.words
     if blob[end:] != header.tail(end):
@@ -182,7 +183,8 @@ def _decode_block(
 
 def _decode_stream(stream: bytes, count: int, symbol_of: dict[str, int], where: str) -> bytes:
     text = "".join(f"{byte:08b}" for byte in stream)
-    symbols, start, end = [], 0, 0
+    symbols: list[int] = []
+    start = end = 0
     while len(symbols) < count and end < len(text):
         end += 1
         if text[start:end] in symbol_of:

@@ -11,7 +11,7 @@ from typing import Any
 
 from compress import checkpoint as room
 from compress.checkpoint import Checkpoint, Digest, TensorInfo
-from compress.errors import BadInput, Corrupt
+from compress.errors import BadInput, Corrupt, EntropressError
 from compress.progress import SILENT, Progress, Step
 
 
@@ -65,12 +65,13 @@ def verify(
     except Corrupt as error:
         return VerifyReport(path, None, faults=[str(error)])
     kind = manifest["class"]
+    faults: list[str] = []
     try:
-        faults = room.check_files(path, manifest, progress)
+        faults += room.check_files(path, manifest, progress)
         checkpoint = room.open(path)
         infos = checkpoint.tensor_infos()
-    except Corrupt as error:
-        return VerifyReport(path, kind, faults=[str(error)])
+    except EntropressError as error:  # broken headers leave no tensors to look at
+        return VerifyReport(path, kind, faults=[*faults, str(error)])
     records = manifest["tensors"]
     faults += [f"{name}: in the manifest but in no shard" for name in records.keys() - infos.keys()]
     faults += [_at(infos[name], "not in the manifest") for name in infos.keys() - records.keys()]
@@ -164,9 +165,7 @@ def _sidecar_faults(original: Checkpoint, manifest: dict[str, Any]) -> list[str]
     return faults
 
 
-def _collect(
-    infos: Iterable[TensorInfo], check: Callable[[TensorInfo], str | None]
-) -> list[str]:
+def _collect(infos: Iterable[TensorInfo], check: Callable[[TensorInfo], str | None]) -> list[str]:
     """The faults of all tensors in order; two at a time, so that one hashes as another decodes."""
 
     def guarded(info: TensorInfo) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -24,8 +23,8 @@ class Calibration(StageConfig):
     """The text a stage may look at: ``sequences`` windows of ``length`` tokens."""
 
     data: str = "builtin:calibration"
-    sequences: int = Field(128, ge=1)
-    length: int = Field(512, ge=8)
+    sequences: int = Field(default=128, ge=1)
+    length: int = Field(default=512, ge=8)
     seed: int = 0
 
 
@@ -44,8 +43,8 @@ class StageReport(BaseModel):
     """What a stage did. Holds nothing that differs between two runs on the same input.
 
     ``renamed`` maps a new tensor name to its old one; ``removed`` lists old names that are gone.
-    ``tensors``: by name the dtype, shape and sha256 of each tensor's decoded bytes, from a stage that
-    saw them pass; kept in the manifest's own member, not with the report.
+    ``tensors``: by name the dtype, shape and sha256 of each tensor's decoded bytes, from a stage
+    that saw them pass; kept in the manifest's own member, not with the report.
     """
 
     stage: str
@@ -72,7 +71,7 @@ class Workspace:
 
 
 class Stage(Protocol):
-    """A step of a recipe. Stages hold no state: all they know is the checkpoint and their config."""
+    """A step of a recipe. Stages hold no state: they know the checkpoint and their config."""
 
     name: ClassVar[str]
     Config: ClassVar[type[StageConfig]]
@@ -105,5 +104,3 @@ def get(name: str) -> Stage:
 
 def names() -> list[str]:
     return sorted(_STAGES)
-
-

@@ -24,17 +24,23 @@ _STORED = {name: dtype for dtype, name in _TORCH.items()}
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
+class CastConfig(StageConfig):
+    """What to round to."""
+
+    dtype: Literal["float32", "float16", "bfloat16"]
+
+
 @register
 class Cast:
     """Round to nearest even; tensors of integers and of 8-bit floats stay as they are."""
 
     name: ClassVar[str] = "cast"
+    Config: ClassVar[type[StageConfig]] = CastConfig
     lossless: ClassVar[bool] = False
 
-    class Config(StageConfig):
-        dtype: Literal["float32", "float16", "bfloat16"]
-
-    def plan(self, checkpoint: Checkpoint, config: Config, calibration: Calibration) -> Estimate:
+    def plan(
+        self, checkpoint: Checkpoint, config: CastConfig, calibration: Calibration
+    ) -> Estimate:
         """The exact size. Raises `BadInput` for a checkpoint that is coded or quantized."""
         if "quantization_config" in checkpoint.config:
             raise BadInput("coded or quantized weights cannot be cast", where=checkpoint.path)
@@ -43,7 +49,7 @@ class Cast:
         return Estimate(nbytes, [f"floating-point weights become {config.dtype}"])
 
     def run(
-        self, checkpoint: Checkpoint, config: Config, workspace: Workspace
+        self, checkpoint: Checkpoint, config: CastConfig, workspace: Workspace
     ) -> tuple[Checkpoint, StageReport]:
         target = _STORED[config.dtype]
 

@@ -29,17 +29,21 @@ from compress.stages.base import (
 )
 
 
+class EncodeWeightsConfig(StageConfig):
+    """No options: the canonical encoder decides, so that equal weights give equal files."""
+
+
 @register
 class EncodeWeights:
     """Huffman-code all tensors under their own names; nothing is built, nothing is lost."""
 
     name: ClassVar[str] = "encode_weights"
+    Config: ClassVar[type[StageConfig]] = EncodeWeightsConfig
     lossless: ClassVar[bool] = True
 
-    class Config(StageConfig):
-        """No options: the canonical encoder decides, so that equal weights give equal files."""
-
-    def plan(self, checkpoint: Checkpoint, config: Config, calibration: Calibration) -> Estimate:
+    def plan(
+        self, checkpoint: Checkpoint, config: EncodeWeightsConfig, calibration: Calibration
+    ) -> Estimate:
         """The exact size of the coded tensors, from histograms: one pass of reading.
 
         Raises `BadInput` for a checkpoint that is coded or quantized already.
@@ -50,7 +54,7 @@ class EncodeWeights:
         return Estimate(nbytes, [f"{len(infos)} tensors coded losslessly"])
 
     def run(
-        self, checkpoint: Checkpoint, config: Config, workspace: Workspace
+        self, checkpoint: Checkpoint, config: EncodeWeightsConfig, workspace: Workspace
     ) -> tuple[Checkpoint, StageReport]:
         """Code into ``workspace.directory``; every block is decoded and compared on the way."""
         _refuse_coded(checkpoint)

@@ -49,6 +49,7 @@ TENSOR_FAULTS = {
     "three offsets": {"x": entry(offsets=(0, 1, 2))},
     "text offsets": {"x": entry(offsets="02")},
     "unknown dtype": {"x": entry(dtype="Q7")},
+    "endless dtype": {"x": entry(dtype="F" * 1_000_000)},
     "dtype of a wrong type": {"x": entry(dtype=["U8"])},
     "half a byte": {"x": entry(dtype="F4", shape=(3,))},
     "unknown member": {"x": entry(extra=1)},

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+import compress.hf  # noqa: F401, registers the quantizer
 from compress import checkpoint, codec
 from compress.checkpoint import NewTensor, names_sha256
 

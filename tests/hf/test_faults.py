@@ -13,7 +13,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-import compress.hf  # noqa: F401
 from compress.errors import BadInput, Corrupt
 from compress.hf.quantizer import EntropressConfig
 

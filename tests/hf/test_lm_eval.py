@@ -6,8 +6,6 @@ import pytest
 import tokenizers
 import transformers
 
-import compress.hf  # noqa: F401
-
 TEXTS = [("a b c", " d e"), ("b b", " a"), ("", "e d c b a")]
 
 

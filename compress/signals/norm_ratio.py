@@ -1,0 +1,21 @@
+"""How much of a block's output the block itself added."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def norm_ratio(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Mean over tokens of ``|y_i - x_i| / |y_i|``; ``x``, ``y``: a block's input and output [tokens, d].
+
+    The ``norm ratio`` among the baseline scorers of EvoPress (arXiv 2410.14649); tokens with a zero
+    output count as if its norm were the smallest positive normal number.
+    """
+    import torch
+
+    added = torch.linalg.vector_norm(y - x, dim=1)
+    total = torch.linalg.vector_norm(y, dim=1).clamp_min(torch.finfo(y.dtype).tiny)
+    return (added / total).double().mean().item()

@@ -1,0 +1,105 @@
+"""The scores of all blocks by all scorers, and the orders of removal that follow."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from compress.errors import BadInput
+
+SCORERS = ("knn_entropy", "bucket_entropy", "cosine", "norm_ratio")
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """Scores by scorer, block and calibration sequence. A low score means: can be removed.
+
+    ``knn_entropy`` and ``bucket_entropy`` are increases in nats from a block's input to its output.
+    ``sinks`` holds for each block and sequence how many tokens the block makes massive.
+    """
+
+    values: Mapping[str, Sequence[Sequence[float]]]
+    sinks: Sequence[Sequence[int]]
+
+    @property
+    def blocks(self) -> int:
+        return len(self.sinks)
+
+    @property
+    def sequences(self) -> int:
+        return len(self.sinks[0])
+
+    def means(self, scorer: str) -> list[float]:
+        """The score of each block: its mean over sequences, to six significant digits."""
+        return [significant(math.fsum(row) / len(row)) for row in self.values[scorer]]
+
+    def errors(self, scorer: str) -> list[float | None]:
+        """The standard error of each mean; None for a single sequence."""
+        if self.sequences < 2:
+            return [None] * self.blocks
+        root = math.sqrt(self.sequences)
+        return [significant(statistics.stdev(row) / root) for row in self.values[scorer]]
+
+    def writes_sink(self, block: int) -> bool:
+        """Whether the block makes a token massive in at least half of the sequences."""
+        return 2 * sum(count > 0 for count in self.sinks[block]) >= self.sequences
+
+    def order(self, scorer: str, protect: Collection[int] | None = None) -> list[int]:
+        """The blocks in the order in which the scorer would remove them, protected ones left out.
+
+        Lowest mean first, ties by index. Blocks that write an attention sink come last: the others
+        depend on the sink, which the scores do not see since they leave out its token.
+        """
+        means, kept = self.means(scorer), protected_blocks(self.blocks, protect)
+        candidates = (block for block in range(self.blocks) if block not in kept)
+        return sorted(candidates, key=lambda block: (self.writes_sink(block), means[block], block))
+
+    def agreement(self, protect: Collection[int] | None = None) -> dict[str, float | None]:
+        """Spearman's rank correlation of each two scorers over the blocks that are not protected.
+
+        By ``"scorer/scorer"``; None where a scorer gives all of them one score.
+        """
+        kept = protected_blocks(self.blocks, protect)
+        scores = {
+            scorer: [mean for block, mean in enumerate(self.means(scorer)) if block not in kept]
+            for scorer in self.values
+        }
+        return {f"{a}/{b}": spearman(scores[a], scores[b]) for a, b in combinations(scores, 2)}
+
+
+def protected_blocks(blocks: int, protect: Collection[int] | None = None) -> frozenset[int]:
+    """The blocks never to remove: by default the first two and the last, as in EntroDrop.
+
+    Raises `BadInput` for an index that no block has.
+    """
+    if protect is None:
+        return frozenset(block for block in (0, 1, blocks - 1) if 0 <= block < blocks)
+    for block in protect:
+        if not 0 <= block < blocks:
+            raise BadInput(
+                "no such block to protect",
+                where="protect",
+                got=block,
+                expected=f"0 to {blocks - 1}",
+            )
+    return frozenset(protect)
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, ties sharing their mean rank; None where one side is constant."""
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return None
+    return significant(statistics.correlation(_ranks(a), _ranks(b)), 4)
+
+
+def significant(value: float, digits: int = 6) -> float:
+    """``value`` to so many significant digits: the last ones of a float sum mean nothing."""
+    return float(f"{value:.{digits}g}")
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]

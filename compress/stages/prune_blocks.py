@@ -1,0 +1,137 @@
+"""`prune_blocks`: whole transformer blocks removed, those that a scorer finds to add least."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from compress.checkpoint import Checkpoint
+from compress.errors import BadInput
+from compress.progress import Progress
+from compress.prune import (
+    block_count,
+    check_drop,
+    check_pruned,
+    choose,
+    cut_config,
+    find_stack,
+    model_config,
+    output_without,
+    remove_blocks,
+)
+from compress.prune.settings import stale_patterns
+from compress.signals import (
+    SCORERS,
+    BlockTable,
+    check_length,
+    collect,
+    load_float32,
+    protected_blocks,
+    summarize,
+)
+from compress.signals.text import load, windows
+from compress.stages.base import (
+    Calibration,
+    Estimate,
+    StageConfig,
+    StageReport,
+    Workspace,
+    register,
+)
+
+
+@register
+class PruneBlocks:
+    """Measure every block in one calibration pass, remove the lowest-scoring, prove the outcome."""
+
+    name: ClassVar[str] = "prune_blocks"
+    lossless: ClassVar[bool] = False
+
+    class Config(StageConfig):
+        """``protect``: indices of blocks that stay; by default the first two and the last."""
+
+        drop: int = Field(ge=1)
+        scorer: Literal["knn_entropy", "bucket_entropy", "cosine", "norm_ratio"] = "knn_entropy"
+        protect: list[Annotated[int, Field(ge=0)]] | None = None
+
+    def plan(self, checkpoint: Checkpoint, config: Config, calibration: Calibration) -> Estimate:
+        """The size without the smallest blocks that may go: exact where all blocks are equal.
+
+        Raises `BadInput` where so many blocks cannot go, the model or its config is not one that
+        blocks can be removed from, or the calibration text is not there.
+        """
+        if not checkpoint.coded and "quantization_config" in checkpoint.config:
+            raise BadInput("prune before quantizing", where=checkpoint.path)
+        blocks = block_count(checkpoint.config)
+        check_drop(blocks, config.drop, config.protect)
+        check_length(model_config(checkpoint.config), calibration.length)
+        load(calibration.data)
+        infos = checkpoint.tensor_infos()
+        stack = find_stack(infos, blocks)
+        kept = protected_blocks(blocks, config.protect)
+        sizes: Counter[int | None] = Counter()
+        for name, info in infos.items():
+            sizes[stack.block(name)] += info.nbytes
+        gone = sorted((i for i in range(blocks) if i not in kept), key=lambda i: (sizes[i], i))
+        gone = gone[: config.drop]
+        cut_config(checkpoint.config, [i for i in range(blocks) if i not in gone])
+        changes = [f"{config.drop} of {blocks} blocks removed, chosen by {config.scorer}"]
+        return Estimate(sizes.total() - sum(sizes[i] for i in gone), changes)
+
+    def run(
+        self, checkpoint: Checkpoint, config: Config, workspace: Workspace
+    ) -> tuple[Checkpoint, StageReport]:
+        """Write the pruned checkpoint; it loads, and computes what the old model does without them."""
+        text = workspace.calibration
+        tokens = windows(text.data, checkpoint.tokenizer(), text.sequences, text.length, text.seed)
+        model = load_float32(checkpoint)
+        table = collect(model, tokens, threads=workspace.threads, progress=workspace.progress)
+        removed = choose(table, config.scorer, config.drop, config.protect)
+        expected = output_without(model, tokens[0], removed)
+        del model  # before the pruned one is loaded
+        pruned, renamed, gone = remove_blocks(
+            checkpoint, removed, workspace.directory, workspace.progress
+        )
+        check_pruned(pruned, tokens[0], expected)
+        return pruned, StageReport(
+            stage=self.name,
+            config=config.model_dump(mode="json"),
+            summary=_summary(table, config.scorer, removed),
+            metrics=_metrics(checkpoint, pruned, table, config, removed)
+            | {"stale_patterns": _warn(pruned, workspace.progress)},
+            renamed=renamed,
+            removed=gone,
+        )
+
+
+def _summary(table: BlockTable, scorer: str, removed: list[int]) -> str:
+    numbers = ", ".join(map(str, removed))
+    return f"blocks {numbers} of {table.blocks} removed, chosen by {scorer}"
+
+
+def _metrics(
+    before: Checkpoint, after: Checkpoint, table: BlockTable, config: Any, removed: list[int]
+) -> dict[str, Any]:
+    """All scorers' findings, and which blocks each would have removed."""
+    sizes = [sum(info.nbytes for info in side.tensor_infos().values()) for side in (before, after)]
+    return {
+        **summarize(table, protected_blocks(table.blocks, config.protect)),
+        "removed": removed,
+        "would_remove": {
+            scorer: choose(table, scorer, config.drop, config.protect) for scorer in SCORERS
+        },
+        "bytes_in": sizes[0],
+        "bytes_out": sizes[1],
+    }
+
+
+def _warn(pruned: Checkpoint, progress: Progress) -> list[str]:
+    stale = stale_patterns(pruned.config)
+    if stale:
+        progress.note(
+            f"{', '.join(stale)} no longer follow the pattern in config.json: readers that derive "
+            "them from it would be wrong, transformers is not"
+        )
+    return stale
