@@ -18,15 +18,14 @@ _VERBS = {
     "decompress": "compress.pipeline",
     "verify": "compress.evaluate.verify",
     "inspect": "compress.evaluate.inspect",
-    "measure": "compress.signals",
+    "measure": "compress.pipeline",
 }
 __all__ = ["__version__", "decompress", "inspect", "measure", "plan", "run", "verify"]
 
 if TYPE_CHECKING:
     from compress.evaluate.inspect import inspect
     from compress.evaluate.verify import verify
-    from compress.pipeline import decompress, plan, run
-    from compress.signals import measure
+    from compress.pipeline import decompress, measure, plan, run
 
 
 def __getattr__(name: str) -> Any:

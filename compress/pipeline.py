@@ -9,14 +9,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from compress import __version__, codec, stages
+from compress import __version__, codec, signals, stages
 from compress import checkpoint as room
 from compress import recipe as recipes
 from compress.checkpoint import Checkpoint, Digest, Source
 from compress.errors import BadInput
 from compress.progress import SILENT, Progress
 from compress.recipe import Recipe, StageSpec
-from compress.stages import StageReport, Workspace, encode_weights
+from compress.signals import Measurement
+from compress.stages import Calibration, StageReport, Workspace, encode_weights
 from compress.workspace import (
     RunDirectory,
     absolute,
@@ -138,6 +139,21 @@ def decompress(
         directory.publish(key)
         directory.remove()
     return output
+
+
+def measure(
+    model: str | Path,
+    calibration: Calibration | None = None,
+    *,
+    revision: str | None = None,
+    progress: Progress = SILENT,
+) -> Measurement:
+    """Score the blocks of a model, compressed or not, by all scorers; ``model`` as for `run`.
+
+    Raises `BadInput` for a model without tokenizer or blocks, or a text too short.
+    """
+    checkpoint = room.open(room.resolve(str(model), revision, progress))
+    return signals.measure(checkpoint, calibration or Calibration(), progress)
 
 
 def _plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:

@@ -171,3 +171,23 @@ def test_doctor_names_what_is_missing_and_how_to_mend_it(
 
 def test_the_version(run: Cli) -> None:
     assert run("--version").stdout == f"entropress, version {__version__}\n"
+
+
+def test_measure_shows_the_scores_and_who_agrees(run: Cli, here: Path, tiny_llama: Path) -> None:
+    quick = ("--sequences", 3, "--length", 32, tiny_llama)
+    result = run("measure", *quick)
+    assert result.exit_code == 0, result.output
+    header, *lines = result.stdout.splitlines()
+    assert header.split() == [
+        *("block", "knn_entropy", "bucket_entropy", "cosine"),
+        "norm_ratio",
+        "note",
+    ]
+    assert [line.split()[0] for line in lines[:6]] == list("012345")
+    assert sum(line.startswith("rank correlation ") for line in lines) == 6
+    few = run("measure", "--signals", "cosine,norm_ratio", *quick)
+    assert few.stdout.splitlines()[0].split() == ["block", "cosine", "norm_ratio", "note"]
+    assert sorted(document(run("measure", "--json", *quick))["orders"]["cosine"]) == [2, 3, 4]
+    (here / "text.jsonl").write_text('{"text": "too short"}\n')
+    assert "too short" in run("measure", "--data", "text.jsonl", *quick).stderr
+    assert "did you mean 'cosine'" in run("measure", "--signals", "cosin", *quick).stderr

@@ -117,8 +117,8 @@ def decode(
     _check_tail(header, end, data[end : end + TAIL + 2].tobytes(), name)
     if out is None:
         out = _allocate(header.nbytes, name)
-    elif out.dtype != np.uint8 or out.shape != (header.nbytes,) or not out.flags.c_contiguous:
-        raise ValueError(f"out must be contiguous uint8 of shape ({header.nbytes},)")
+    elif out.dtype != np.uint8 or out.shape != (header.nbytes,) or not out.flags.carray:
+        raise ValueError(f"out must be writable contiguous uint8 of shape ({header.nbytes},)")
     with _naming(name):
         choose().decode(
             data[header.size :],

@@ -12,17 +12,7 @@ from compress import checkpoint as room
 from compress import codec
 from compress.checkpoint import Checkpoint, TensorInfo
 from compress.progress import SILENT, Progress
-
-# Unsigned integer of the same width, how far the exponent is from the right, and its mask.
-_EXPONENTS = {
-    "BF16": ("<u2", 7, 0xFF),
-    "F16": ("<u2", 10, 0x1F),
-    "F32": ("<u4", 23, 0xFF),
-    "F64": ("<u8", 52, 0x7FF),
-    "F8_E4M3": ("<u1", 3, 0xF),
-    "F8_E5M2": ("<u1", 2, 0x1F),
-}
-_PART = 1 << 22  # words whose exponents are held as integers at a time
+from compress.signals import measure_weights
 
 
 @dataclass(frozen=True)
@@ -71,11 +61,8 @@ def inspect(
     infos = list(checkpoint.tensor_infos().values())
     bits: dict[str, float] = {}
     if entropy:
-        with progress.step("measuring", sum(info.nbytes for info in infos)) as step:
-            for info in infos:
-                if info.dtype in _EXPONENTS and info.nbytes:
-                    bits[info.name] = exponent_entropy(checkpoint, info)
-                step.advance(info.nbytes)
+        found = measure_weights(checkpoint, progress)
+        bits = {tensor.name: tensor.bits for tensor in found if tensor.symbol == "exponent"}
     manifest = checkpoint.manifest
     return Inspection(
         path=checkpoint.path,
@@ -87,24 +74,6 @@ def inspect(
         manifest=manifest
         and {key: manifest[key] for key in ("class", "source", "recipe", "versions", "stages")},
     )
-
-
-def exponent_entropy(checkpoint: Checkpoint, info: TensorInfo) -> float:
-    """Shannon entropy in bits of a floating-point tensor's exponent field."""
-    import numpy as np
-
-    word, shift, mask = _EXPONENTS[info.dtype]
-    counts = np.zeros(mask + 1, np.int64)
-    rest = b""  # a chunk may end inside a word
-    for chunk in checkpoint.chunks(info.name):
-        data = np.frombuffer(rest + bytes(chunk) if rest else chunk, np.uint8)
-        whole = len(data) - len(data) % np.dtype(word).itemsize
-        rest = data[whole:].tobytes()
-        words = data[:whole].view(word)
-        for part in np.array_split(words, len(words) // _PART + 1):
-            counts += np.bincount((part >> shift) & mask, minlength=mask + 1)
-    shares = counts[counts > 0] / counts.sum()
-    return abs(float((shares * np.log2(shares)).sum()))
 
 
 def kind(name: str) -> str:

@@ -11,7 +11,7 @@ from compress.signals import BlockTable, protected_blocks
 def choose(
     table: BlockTable, scorer: str, drop: int, protect: Collection[int] | None = None
 ) -> list[int]:
-    """The ``drop`` blocks that ``scorer`` would remove first (`BlockTable.order`), in ascending order.
+    """The ``drop`` blocks that ``scorer`` would remove first (`BlockTable.order`), ascending.
 
     ``protect``: blocks that stay; None means the first two and the last. Raises as `check_drop`.
     """

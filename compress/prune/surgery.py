@@ -38,8 +38,8 @@ class BlockStack:
 def find_stack(names: Iterable[str], count: int) -> BlockStack:
     """The outermost numbered list of ``count`` modules among tensor names.
 
-    Its name ends in ``layers``, ``h``, ``blocks`` or ``layer``. Raises `BadInput` where there is none
-    or more than one, or where tensors of further blocks or multi-token predictors stand beside it.
+    Its name ends in ``layers``, ``h``, ``blocks`` or ``layer``. Raises `BadInput` where there is
+    none or more than one, or where further blocks or multi-token predictors stand beside it.
     """
     numbers: defaultdict[str, set[int]] = defaultdict(set)
     for name in names:
@@ -54,7 +54,7 @@ def find_stack(names: Iterable[str], count: int) -> BlockStack:
     for prefix, seen in numbers.items():
         if not outer and seen > set(range(count)):
             raise BadInput(
-                f"blocks cannot be removed: tensors of more blocks than num_hidden_layers ({count})",
+                f"blocks cannot be removed: there are more than num_hidden_layers ({count})",
                 where=f"{prefix}.{max(seen)}",
                 expected="no num_nextn_predict_layers and the like",
             )
@@ -69,7 +69,7 @@ def remove_blocks(
 ) -> tuple[Checkpoint, dict[str, str], list[str]]:
     """Write the checkpoint without the blocks ``removed``; the others move up and keep every bit.
 
-    A coded checkpoint is decoded on the way. Returns the new checkpoint, the old name by new name of
+    A coded checkpoint is decoded on the way. Returns the new checkpoint, by new name the old one of
     every tensor that was renamed, and the names of those that are gone. Raises `BadInput` as
     `find_stack` and `cut_config`, and as `rewrite`.
     """

@@ -14,8 +14,8 @@ def bucket_entropy(x: torch.Tensor, bins: int = BINS) -> float:
     """Sum over the features of ``x`` [tokens, d] of their binned entropies, in nats.
 
     EntroDrop's marginal binning (arXiv 2504.03794): each feature's own range is cut into ``bins``
-    equal bins, and ``H = sum_j -sum_b p_jb ln p_jb``. It does not change when a feature is scaled or
-    shifted; one outlier leaves all other tokens in one bin, so outliers must be masked before.
+    equal bins, and ``H = sum_j -sum_b p_jb ln p_jb``. It does not change when a feature is scaled
+    or shifted; one outlier leaves all other tokens in one bin, so outliers must be masked before.
     """
     import torch
 

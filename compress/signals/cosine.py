@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 
 def cosine_distance(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Mean over tokens of ``1 - cos(x_i, y_i)``; ``x``, ``y``: a block's input and output [tokens, d].
+    """Mean over tokens of ``1 - cos(x_i, y_i)``: block influence of ShortGPT (arXiv 2403.03853).
 
-    Block influence of ShortGPT (arXiv 2403.03853); between 0 and 2.
+    ``x``, ``y``: a block's input and output, float32 [tokens, d]. Between 0 and 2.
     """
     from torch.nn.functional import cosine_similarity
 

@@ -12,13 +12,13 @@ NEIGHBOURS = 25
 
 
 def knn_entropy(x: torch.Tensor, k: int = NEIGHBOURS) -> float:
-    """Entropy in nats of the distribution that the rows of ``x`` [tokens, d] are drawn from.
+    """Entropy in nats of what the rows of ``x``, float32 [tokens, d], are drawn from.
 
     Kozachenko-Leonenko estimator in the form of EntroDrop (arXiv 2504.03794):
     ``d * mean_i ln r_i + (d / 2) ln pi - ln Gamma(d / 2 + 1) + ln N - ln k``, where ``r_i`` is the
     Euclidean distance of token ``i`` to its ``k``-th nearest other token. It has ``ln N - ln k`` in
-    the place of ``psi(N) - psi(k)``; constants cancel in a difference of entropies. Scaling ``x`` by
-    ``c`` adds ``d * ln c``. Raises `ValueError` for ``k`` tokens or fewer.
+    the place of ``psi(N) - psi(k)``; constants cancel in a difference of entropies. Scaling ``x``
+    by ``c`` adds ``d * ln c``. Raises `ValueError` for ``k`` tokens or fewer.
     """
     import torch
 

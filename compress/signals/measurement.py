@@ -62,7 +62,7 @@ class Measurement:
         return self.table.agreement(self.protected)
 
     def agreeing(self) -> list[str]:
-        """The pairs ``"scorer/scorer"`` whose rank correlation is at least `AGREE`, closest first."""
+        """The pairs ``"scorer/scorer"`` whose rank correlation is at least `AGREE`, best first."""
         pairs = [(rho, pair) for pair, rho in self.agreement().items() if rho and rho >= AGREE]
         return [pair for _, pair in sorted(pairs, key=lambda item: (-item[0], item[1]))]
 
@@ -89,8 +89,8 @@ def measure(
 ) -> Measurement:
     """Score the blocks of a model, decoder or encoder, compressed or not, by all scorers.
 
-    Raises `BadInput` where the model has no tokenizer or no single stack of blocks, and as `windows`
-    and `collect` do.
+    Raises `BadInput` where the model has no tokenizer or no single stack of blocks, and as
+    `windows` and `collect` do.
     """
     tokens = windows(
         calibration.data,

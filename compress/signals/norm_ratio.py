@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def norm_ratio(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Mean over tokens of ``|y_i - x_i| / |y_i|``; ``x``, ``y``: a block's input and output [tokens, d].
+    """Mean over tokens of ``|y_i - x_i| / |y_i|``: a scorer in EvoPress (arXiv 2410.14649).
 
-    The ``norm ratio`` among the baseline scorers of EvoPress (arXiv 2410.14649); tokens with a zero
-    output count as if its norm were the smallest positive normal number.
+    ``x``, ``y``: a block's input and output, float32 [tokens, d]. The norm of a zero output counts
+    as the smallest positive normal number.
     """
     import torch
 

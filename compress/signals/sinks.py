@@ -22,7 +22,7 @@ def massive_tokens(x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
 
 
 def ordinary_tokens(x: torch.Tensor, y: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-    """The tokens to measure a block on, the same at its input ``x`` and output ``y``: bool [tokens].
+    """The tokens to measure a block on, the same at its input and its output: bool [tokens].
 
     Left out are padding, the first attended token, and what is massive on either side. In
     SmolLM2-135M, block 11 takes the norm of token 0 from 136 to 20,844 while the median stays at

@@ -89,7 +89,7 @@ def protected_blocks(blocks: int, protect: Collection[int] | None = None) -> fro
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, ties sharing their mean rank; None where one side is constant."""
+    """Spearman's rank correlation, ties sharing their mean rank; None where a side is constant."""
     if len(set(a)) < 2 or len(set(b)) < 2:
         return None
     return significant(statistics.correlation(_ranks(a), _ranks(b)), 4)

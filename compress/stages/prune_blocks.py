@@ -42,21 +42,25 @@ from compress.stages.base import (
 )
 
 
+class PruneBlocksConfig(StageConfig):
+    """``protect``: indices of blocks that stay; by default the first two and the last."""
+
+    drop: int = Field(ge=1)
+    scorer: Literal["knn_entropy", "bucket_entropy", "cosine", "norm_ratio"] = "knn_entropy"
+    protect: list[Annotated[int, Field(ge=0)]] | None = None
+
+
 @register
 class PruneBlocks:
     """Measure every block in one calibration pass, remove the lowest-scoring, prove the outcome."""
 
     name: ClassVar[str] = "prune_blocks"
+    Config: ClassVar[type[StageConfig]] = PruneBlocksConfig
     lossless: ClassVar[bool] = False
 
-    class Config(StageConfig):
-        """``protect``: indices of blocks that stay; by default the first two and the last."""
-
-        drop: int = Field(ge=1)
-        scorer: Literal["knn_entropy", "bucket_entropy", "cosine", "norm_ratio"] = "knn_entropy"
-        protect: list[Annotated[int, Field(ge=0)]] | None = None
-
-    def plan(self, checkpoint: Checkpoint, config: Config, calibration: Calibration) -> Estimate:
+    def plan(
+        self, checkpoint: Checkpoint, config: PruneBlocksConfig, calibration: Calibration
+    ) -> Estimate:
         """The size without the smallest blocks that may go: exact where all blocks are equal.
 
         Raises `BadInput` where so many blocks cannot go, the model or its config is not one that
@@ -81,9 +85,9 @@ class PruneBlocks:
         return Estimate(sizes.total() - sum(sizes[i] for i in gone), changes)
 
     def run(
-        self, checkpoint: Checkpoint, config: Config, workspace: Workspace
+        self, checkpoint: Checkpoint, config: PruneBlocksConfig, workspace: Workspace
     ) -> tuple[Checkpoint, StageReport]:
-        """Write the pruned checkpoint; it loads, and computes what the old model does without them."""
+        """Write the pruned checkpoint, load it, and compare it with the model without those blocks."""
         text = workspace.calibration
         tokens = windows(text.data, checkpoint.tokenizer(), text.sequences, text.length, text.seed)
         model = load_float32(checkpoint)
@@ -112,7 +116,11 @@ def _summary(table: BlockTable, scorer: str, removed: list[int]) -> str:
 
 
 def _metrics(
-    before: Checkpoint, after: Checkpoint, table: BlockTable, config: Any, removed: list[int]
+    before: Checkpoint,
+    after: Checkpoint,
+    table: BlockTable,
+    config: PruneBlocksConfig,
+    removed: list[int],
 ) -> dict[str, Any]:
     """All scorers' findings, and which blocks each would have removed."""
     sizes = [sum(info.nbytes for info in side.tensor_infos().values()) for side in (before, after)]

@@ -1,4 +1,4 @@
-"""Every backend under one interface: the reference, numpy, and the native library where it builds."""
+"""Every backend under one interface: reference, numpy, and native where it can be built."""
 
 from __future__ import annotations
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from compress import codec
-from compress.codec import backends, native, reference
+from compress.codec import reference
 from compress.codec.format import TAIL
 from compress.codec.segment import parse_head
-from compress.errors import BadInput, Missing
 
 rng = np.random.default_rng(0)
 LAYOUTS = [(width, rotate) for width in (1, 2, 4, 8) for rotate in (0, 1)]
@@ -152,34 +146,3 @@ def test_a_group_of_bf16_has_the_same_bytes_as_the_reference(fast_backend):
 @given(st.binary(max_size=3000))
 def test_crc32c(fast_backend, data):
     assert fast_backend.crc32c(data) == reference.crc32c(data)
-
-
-def test_the_environment_forces_a_backend(monkeypatch):
-    monkeypatch.setenv("ENTROPRESS_BACKEND", "fallback")
-    assert codec.backend() == "numpy fallback (forced by ENTROPRESS_BACKEND)"
-    monkeypatch.setenv("ENTROPRESS_BACKEND", "nativ")
-    with pytest.raises(BadInput, match="did you mean 'native'"):
-        codec.backend()
-
-
-@pytest.fixture
-def _no_compiler(monkeypatch):
-    monkeypatch.setattr(native, "library", lambda: (None, "no C++ compiler"))
-    backends._choose.cache_clear()
-    yield
-    backends._choose.cache_clear()
-
-
-@pytest.mark.usefixtures("_no_compiler")
-def test_without_a_compiler_numpy_takes_over_and_says_why(monkeypatch):
-    monkeypatch.delenv("ENTROPRESS_BACKEND", raising=False)
-    assert codec.backend() == "numpy fallback (no C++ compiler)"
-    assert codec.decode(b"".join(codec.encode("w", "U8", (3,), [b"abc"]))).tobytes() == b"abc"
-    monkeypatch.setenv("ENTROPRESS_BACKEND", "native")
-    with pytest.raises(Missing, match="no C\\+\\+ compiler; install"):
-        codec.backend()
-
-
-def test_importing_the_codec_is_cheap():
-    program = "import sys, compress.codec; sys.exit({'numpy', 'torch'} & {*sys.modules} != set())"
-    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ)

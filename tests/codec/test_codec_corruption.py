@@ -1,4 +1,4 @@
-"""Nothing stored is trusted: every flipped bit, truncation and lie is found, and nothing large made."""
+"""Every flipped bit, truncation and lie is found, and none makes anything large."""
 
 from __future__ import annotations
 
@@ -148,6 +148,18 @@ def test_huge_lengths_allocate_nothing(backend):
         assert peak < 1 << 20
 
 
+def test_segments_of_too_many_blocks_are_refused(backend):
+    for n_blocks in (16, 17):
+        words = 8 * n_blocks
+        segment = with_crc(struct.pack("<IIQ", n_blocks, 22, 0) + b"\x01a")
+        blob = Header("U8", (words,), 1, 0, 3, words, 0).pack() + segment + bytes(TAIL)
+        if n_blocks == 16:
+            assert codec.decode(blob).tobytes() == b"a" * words
+        else:
+            with pytest.raises(Corrupt, match="number of blocks .* got 17, expected 1 to 16"):
+                codec.decode(blob)
+
+
 def test_more_memory_than_there_is(monkeypatch):
     def refuse(*_):
         raise MemoryError
@@ -238,7 +250,7 @@ def test_errors_name_tensor_segment_and_block(backend):
 )
 @given(st.data())
 def test_rewritten_tables_never_give_other_bytes(backend, data):
-    """Bytes before the payload are changed at will and the checksum over them is made right again."""
+    """Bytes before the payload are changed at will and their checksum is made right again."""
     header, segments = segments_of(coded("huffman and raw"))
     meta_bytes = struct.unpack_from("<I", segments, 4)[0]
     meta, payload = bytearray(segments[: meta_bytes - 4]), segments[meta_bytes:]

@@ -129,8 +129,11 @@ def test_decode_into_the_callers_array(backend):
     out = np.zeros(6, np.uint8)
     assert codec.decode(blob, out=out) is out
     assert out.tobytes() == b"abcdef"
-    with pytest.raises(ValueError, match="shape"):
-        codec.decode(blob, out=np.zeros(7, np.uint8))
+    read_only = np.zeros(6, np.uint8)
+    read_only.flags.writeable = False
+    for wrong in (np.zeros(7, np.uint8), np.zeros(12, np.uint8)[::2], read_only):
+        with pytest.raises(ValueError, match="writable contiguous uint8 of shape"):
+            codec.decode(blob, out=wrong)
 
 
 def test_the_stored_shape_never_equals_the_original(backend):
