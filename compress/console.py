@@ -75,7 +75,15 @@ class Console:
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """Bars on a terminal, one line a finished step elsewhere; always on stderr."""
+    """Bars on a terminal, one line a finished step elsewhere; always on stderr.
+
+    Says so when the codec has to do without its native library: all who show progress use it.
+    """
+    from compress import codec
+
+    backend = codec.backend()
+    if not backend.startswith("native"):
+        click.echo(f"codec: {backend}", err=True)
     if not sys.stderr.isatty():
         yield Lines()
         return

@@ -13,7 +13,7 @@ import click
 
 from compress import __version__
 from compress.console import Cli, Console, progress, size
-from compress.errors import BadInput, CheckFailed, Missing
+from compress.errors import BadInput, CheckFailed, Missing, did_you_mean
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -140,6 +140,50 @@ def compress(
             "stages": result.manifest["stages"],
         }
     )
+
+
+@cli.command()
+@options(
+    click.option("--signals", default="all", help="Columns to show, by commas; JSON has all."),
+    click.option("--data", default="builtin:calibration", help="Text to read: .txt or .jsonl."),
+    click.option("--sequences", default=32, type=click.IntRange(1), help="Windows of text."),
+    click.option("--length", default=512, type=click.IntRange(8), help="Tokens in each."),
+    click.option("--seed", default=0, help="Which windows."),
+    revision_option,
+)
+@click.argument("model")
+def measure(
+    model: str,
+    signals: str,
+    data: str,
+    sequences: int,
+    length: int,
+    seed: int,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Score the blocks of MODEL by every signal, and say which signals agree."""
+    from compress import pipeline
+    from compress.signals import SCORERS
+    from compress.stages import Calibration
+
+    chosen = SCORERS if signals == "all" else tuple(signals.split(","))
+    for name in chosen:
+        if name not in SCORERS:
+            raise BadInput(f"unknown signal '{name}'", mend=did_you_mean(name, SCORERS))
+    console = Console(as_json)
+    text = Calibration(data=data, sequences=sequences, length=length, seed=seed)
+    with progress() as bars:
+        found = pipeline.measure(model, text, revision=revision, progress=bars)
+    columns = [i for i, title in enumerate(found.header) if title in ("block", "note", *chosen)]
+    header, *rows = [tuple(row[i] for i in columns) for row in (found.header, *found.rows())]
+    console.table(header, rows)
+    for pair, rho in found.agreement().items():
+        if set(pair.split("/")) <= set(chosen):
+            value = "undefined" if rho is None else f"{rho:+.2f}"
+            agrees = ", they agree" if pair in found.agreeing() else ""
+            console.say(f"rank correlation {pair}: {value}{agrees}")
+    console.document(found.to_json())
 
 
 @cli.command()

@@ -108,8 +108,10 @@ def run(
             most = max(size + before for size, before in zip(sizes, [0, *sizes], strict=False))
             check_room(output.parent, most, directory.path)
             manifest = _run(chosen, checkpoint, directory, threads, progress)
-        directory.remove()
-    return Result(output, manifest, planned.bytes_in, _stored_nbytes(room.open(output)))
+        infos = room.open(output).tensor_infos().values()
+        bytes_out = sum(info.stored_nbytes for info in infos)
+        directory.remove()  # last: a run killed before is resumed, and finds itself published
+    return Result(output, manifest, planned.bytes_in, bytes_out)
 
 
 def decompress(
@@ -190,6 +192,7 @@ def _run(
         reports.append(report)
         if index:
             directory.drop(keys[index - 1])
+    directory.sweep(keys[-1])
     manifest = room.write_manifest(current.path, _manifest(recipe, current, reports, progress))
     directory.publish(keys[-1], manifest["sha256"])
     return manifest
@@ -268,7 +271,3 @@ def _hash_tensors(outcome: Checkpoint, progress: Progress) -> dict[str, dict[str
                 "sha256": digest.hexdigest(),
             }
     return records
-
-
-def _stored_nbytes(checkpoint: Checkpoint) -> int:
-    return sum(info.stored_nbytes for info in checkpoint.tensor_infos().values())

@@ -146,7 +146,8 @@ def _validate(model: type[Model], data: Any, location: Location, where: str, lin
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
+        # A misspelt key explains a missing one, so it comes first.
+        fault, *_ = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
     inner, kind = fault["loc"], fault["type"]
     spot = at(where, (*location, *inner), lines)
     if kind == "extra_forbidden":

@@ -106,6 +106,11 @@ class RunDirectory:
         """Free a stage's output that the next one has used up; its report stays."""
         shutil.rmtree(self.stage(key), ignore_errors=True)
 
+    def sweep(self, key: str) -> None:
+        """Remove files that a kill left half-written in a finished stage's output."""
+        for part in self.stage(key).rglob("*.part"):
+            part.unlink()
+
     def keep_only(self, keys: list[str]) -> None:
         """Remove what belongs to another model or recipe."""
         names = {name for key in keys for name in (key, f"{key}.json")} | {"lock", "run.json"}

@@ -274,7 +274,7 @@ int64_t decode(const uint8_t* src, uint64_t size, uint64_t words, int width, int
     if (size - at < EP_SEGMENT_HEAD) return EP_TRUNCATED;
     const uint64_t n_blocks = load<uint32_t>(src + at), meta = load<uint32_t>(src + at + 4),
                    payload = load<uint64_t>(src + at + 8), left = (words - done + block_words - 1) / block_words;
-    if (!n_blocks || n_blocks > left || meta < EP_SEGMENT_HEAD + 4) return EP_BAD_SEGMENT;
+    if (!n_blocks || n_blocks > EP_GROUP_BLOCKS || n_blocks > left || meta < EP_SEGMENT_HEAD + 4) return EP_BAD_SEGMENT;
     if (meta > size - at || payload > size - at - meta) return EP_TRUNCATED;
     const uint64_t n = std::min(words - done, n_blocks * block_words);
     heads.push_back({at, done, n, n_blocks});
@@ -351,7 +351,8 @@ struct SegmentPlan {
   PlanePlan plane[kMaxWidth];
 };
 
-PlanePlan plan_plane(const Counts& count, uint64_t n) {
+// n words in n_blocks blocks; FORMAT.md, canonical encoder, rule 4.
+PlanePlan plan_plane(const Counts& count, uint64_t n, uint64_t n_blocks) {
   PlanePlan p{};
   int m = 0;
   for (int s = 0; s < 256; s++)
@@ -364,8 +365,11 @@ PlanePlan plan_plane(const Counts& count, uint64_t n) {
   code_lengths(count, p.code.length);
   uint64_t bits = 0;
   for (int s = 0; s < 256; s++) bits += (uint64_t)count[s] * p.code.length[s];
-  if (64 * ((bits + 7) / 8) > 63 * n) return p;
   p.mode = kHuffman;
+  if (64 * ((bits + 7) / 8 + p.record_bytes() + 2 * EP_STREAMS * n_blocks) > 63 * n) {
+    p.mode = kRaw;
+    return p;
+  }
   canonical(p.code);
   return p;
 }
@@ -527,7 +531,7 @@ class Encoder {
     s.meta_bytes = EP_SEGMENT_HEAD + 4;
     for (int k = 0; k < width_; k++) {
       Counts sum = {};
-      s.plane[k] = plan_plane(add(first, n, k, sum), s.words);
+      s.plane[k] = plan_plane(add(first, n, k, sum), s.words, n);
       s.meta_bytes += s.plane[k].record_bytes();
       s.huffman += s.plane[k].mode == kHuffman, s.constant += s.plane[k].mode == kConstant;
     }

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     "vocab_size": 320,
     "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 4,
+    "intermediate_size": 80,
+    "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -29,7 +29,7 @@ TINY = {
 
 
 def save_llama(directory: Path, seed: int = 0, shard: str = "1GB", **options: Any) -> Path:
-    """A random bf16 Llama of four blocks with a byte-level tokenizer, saved by transformers."""
+    """A random bf16 Llama of six blocks with a byte-level tokenizer, saved by transformers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -14,7 +14,7 @@ from compress import __version__
 from compress.checkpoint import MANIFEST
 from compress.main import cli
 
-QUICK = ("--set", "calibration.sequences=2", "--set", "calibration.length=32")
+QUICK = ("--set", "calibration.sequences=2", "--set", "calibration.length=64")
 Cli = Callable[..., Result]
 
 
@@ -65,7 +65,7 @@ def test_overrides_reach_the_output(run: Cli, here: Path, tiny_llama: Path) -> N
     done = document(run("compress", *args, "--json", "--output-dir", "out", tiny_llama))
     assert done["recipe"]["stages"][0]["prune_blocks"]["drop"] == 1
     config = json.loads((here / "out" / "config.json").read_text())
-    assert config["num_hidden_layers"] == 3
+    assert config["num_hidden_layers"] == 5
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_the_version(run: Cli) -> None:
 
 
 def test_measure_shows_the_scores_and_who_agrees(run: Cli, here: Path, tiny_llama: Path) -> None:
-    quick = ("--sequences", 3, "--length", 32, tiny_llama)
+    quick = ("--sequences", 3, "--length", 64, tiny_llama)
     result = run("measure", *quick)
     assert result.exit_code == 0, result.output
     header, *lines = result.stdout.splitlines()

@@ -14,7 +14,7 @@ from compress.workspace import open_workspace, workspace_path
 
 LOSSLESS = "lossless.yaml"
 PRUNE_ONLY = {"version": 1, "stages": [{"prune_blocks": {"drop": 1}}]}
-QUICK = ["calibration.sequences=2", "calibration.length=32"]
+QUICK = ["calibration.sequences=2", "calibration.length=64"]
 
 
 def recipe_of(data: dict[str, Any]) -> Any:

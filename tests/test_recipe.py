@@ -63,7 +63,7 @@ def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
             r":3: .*one name.*got 2 keys",
         ),
         (
-            "version: 1\nstages:\n- encode_weights\n- prune_blocks\n",
+            "version: 1\nstages:\n- encode_weights\n- prune_blocks: {drop: 1}\n",
             r":3: stages\.0: encode_weights must be the last",
         ),
         ("version: 1\nversion: 1\nstages: []\n", r":2: key 'version' stands twice"),
@@ -120,7 +120,7 @@ def test_an_override_that_leads_nowhere_is_an_error(assignment: str, message: st
 
 
 def test_a_stage_that_stands_twice_needs_its_position() -> None:
-    twice = {"version": 1, "stages": [{"prune_blocks": {}}, {"prune_blocks": {}}]}
+    twice = {"version": 1, "stages": [{"prune_blocks": {"drop": 1}}, {"prune_blocks": {"drop": 1}}]}
     with pytest.raises(BadInput, match="stands more than once; use its position"):
         recipes.parse(twice, ["stages.prune_blocks.drop=3"])
     recipe = recipes.parse(twice, ["stages.1.drop=3"])

@@ -22,7 +22,7 @@ GROUP_BLOCKS = 16
 MAX_DIMS = 8
 TAIL = 8
 
-_FIXED = struct.Struct("<4s6B2xI8sQ")
+_FIXED = struct.Struct("<4s6B2xI16sQ")
 HEADER_MAX = _FIXED.size + 8 * MAX_DIMS + 4
 
 # Bits of one element by the name that safetensors gives the dtype.
@@ -121,8 +121,6 @@ class Header:
 def make_header(name: str, dtype: str, shape: Sequence[int]) -> Header:
     """The header that this release writes. `BadInput` for what the format cannot hold."""
     nbytes = tensor_nbytes(dtype, shape)
-    if len(dtype) > 8:
-        raise BadInput(f"tensors of dtype {dtype} cannot be coded", where=name)
     if len(shape) > MAX_DIMS:
         raise BadInput(
             "too many dimensions", where=name, got=len(shape), expected=f"at most {MAX_DIMS}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from operator import itemgetter
 
-from compress.codec.format import GROUP_BLOCKS, MAX_CODE_BITS
+from compress.codec.format import GROUP_BLOCKS, MAX_CODE_BITS, STREAMS
 from compress.codec.segment import CONSTANT, HUFFMAN, RAW, Plane
 
 Counts = Sequence[int]
@@ -64,14 +64,16 @@ def canonical_codes(lengths: Sequence[int]) -> list[int]:
     return codes
 
 
-def plan_plane(counts: Counts) -> Plane:
-    """The mode and table of a plane of a segment (rule 4)."""
+def plan_plane(counts: Counts, n_blocks: int) -> Plane:
+    """The mode and table of a plane of a segment of ``n_blocks`` blocks (rule 4)."""
     words = sum(counts)
     if max(counts) == words:
         return Plane(CONSTANT, value=counts.index(words))
     lengths = code_lengths(counts)
     bits = sum(count * length for count, length in zip(counts, lengths, strict=True))
-    return Plane(HUFFMAN, lengths=lengths) if 64 * -(-bits // 8) <= 63 * words else Plane(RAW)
+    used = [symbol for symbol, count in enumerate(counts) if count]
+    table = 3 + (used[-1] - used[0] + 2) // 2 + 2 * STREAMS * n_blocks
+    return Plane(HUFFMAN, lengths=lengths) if 64 * (-(-bits // 8) + table) <= 63 * words else Plane(RAW)
 
 
 def add_counts(blocks: Sequence[Sequence[Counts]]) -> list[list[int]]:

@@ -135,7 +135,7 @@ def _code_texts(plane: Plane) -> list[str]:
 def _encode_segment(
     blocks: Sequence[bytes], planes: Sequence[Sequence[bytes]], counts: Sequence[Sequence[int]]
 ) -> list[bytes | memoryview]:
-    plan = [plan_plane(plane_counts) for plane_counts in counts]
+    plan = [plan_plane(plane_counts, len(blocks)) for plane_counts in counts]
     texts = [_code_texts(plane) if plane.mode == HUFFMAN else [] for plane in plan]
     payload: list[bytes] = []
     lengths: list[list[int]] = [[] for _ in blocks]

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import Checkpoint
-from compress.errors import BadInput
+from compress.errors import BadInput, Corrupt
 from compress.signals import find_blocks, load_float32
 from compress.signals.blocks import block_input, run_base
 
@@ -40,14 +40,17 @@ def output_without(model: Any, tokens: torch.Tensor, removed: Collection[int]) -
 def check_pruned(pruned: Checkpoint, tokens: torch.Tensor, expected: torch.Tensor) -> None:
     """Load the checkpoint and compare its output for ``tokens`` with ``expected``, bit for bit.
 
-    Raises `Corrupt` for weights that do not fit the architecture, `BadInput` for another output.
+    Raises `BadInput` where its weights do not fit or the output is another: the config then has a
+    setting by position that is not known here.
     """
     import torch
 
-    found = output_without(load_float32(pruned), tokens, ())
+    what = "blocks cannot be removed: an unknown setting depends on their positions"
+    kind = pruned.config.get("model_type")
+    try:
+        model = load_float32(pruned)
+    except Corrupt as error:
+        raise BadInput(what, where=kind, got=str(error)) from error
+    found = output_without(model, tokens, ())
     if not torch.equal(found.view(torch.int32), expected.view(torch.int32)):
-        raise BadInput(
-            "blocks cannot be removed: the others compute something else at their new positions",
-            where=pruned.config.get("model_type"),
-            mend="the config has a setting by position that is not known yet",
-        )
+        raise BadInput(what, where=kind, got="another output from the blocks that stay")

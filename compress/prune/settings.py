@@ -24,6 +24,9 @@ _REFUSED = {
     "scale_attn_by_inverse_layer_idx": "attention is scaled by a block's position",
     "num_kv_shared_layers": "blocks use the keys and values of others",
     "hidden_size_per_layer_input": "every block has a slice of an embedding of its own",
+    "attn_layer_period": "every so many blocks another kind follows",
+    "expert_layer_period": "every so many blocks another kind follows",
+    "rescale_every": "the stream is rescaled every so many blocks",
 }
 
 
@@ -35,7 +38,7 @@ def model_config(config: Mapping[str, Any]) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    fields = {key: value for key, value in config.items() if key != "quantization_config"}
+    fields = {key: _value(value) for key, value in config.items() if key != "quantization_config"}
     kind = fields.pop("model_type", None)
     try:
         return AutoConfig.for_model(kind, **fields)
@@ -64,7 +67,7 @@ def cut_config(config: Mapping[str, Any], keep: Sequence[int]) -> dict[str, Any]
     """
     nested = isinstance(config.get("text_config"), dict)
     stated = config["text_config"] if nested else config
-    full = model_config(config).get_text_config(decoder=True).to_dict()
+    full = _every_field(config)
     _refuse(stated, full)
     cut = {key: value for key, value in stated.items() if key != "quantization_config"}
     cut |= {name: len(keep) for name in _COUNTS if name in stated} or {_COUNT: len(keep)}
@@ -98,8 +101,23 @@ def stale_patterns(config: Mapping[str, Any]) -> list[str]:
     text = dict(config["text_config"] if nested else config)
     lists = {name: text.pop(name) for name in _ONE_PER_BLOCK if name in text}
     whole = {**config, "text_config": text} if nested else text
-    derived = model_config(whole).get_text_config(decoder=True).to_dict()
+    derived = _every_field(whole)
     return [name for name, value in lists.items() if derived.get(name) != value]
+
+
+def _every_field(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The (text) model's config with all defaults, the number of blocks under its usual name."""
+    text = model_config(config).get_text_config(decoder=True)
+    return {**text.to_dict(), _COUNT: getattr(text, _COUNT, None)}
+
+
+def _value(stated: Any) -> Any:
+    """A value as transformers reads it: infinities and NaN are spelled ``{"__float__": "Infinity"}``."""
+    if isinstance(stated, dict):
+        if stated.keys() == {"__float__"}:
+            return float(stated["__float__"])
+        return {key: _value(value) for key, value in stated.items()}
+    return [_value(value) for value in stated] if isinstance(stated, list) else stated
 
 
 def _dense_blocks(full: Mapping[str, Any]) -> list[int]:

@@ -40,5 +40,5 @@ def test_the_golden_files_cover_the_corners():
     assert {(header.width, header.rotate) for header in headers.values()} == {
         *((1, 0), (2, 0), (2, 1), (4, 1), (8, 0), (8, 1))
     }
-    assert (DIRECTORY / "fail_closed.coded").stat().st_size == 75
-    assert headers["fail_closed"].shape == (74,)
+    assert (DIRECTORY / "fail_closed.coded").stat().st_size == 83
+    assert headers["fail_closed"].shape == (82,)

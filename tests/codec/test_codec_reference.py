@@ -27,7 +27,7 @@ def crc(data):
 
 def header(name, width, rotate, dtype, words, shape):
     body = b"EPTR" + bytes([1, 1, width, rotate, 16, len(shape), 0, 0]) + crc(name)
-    body += dtype.ljust(8, b"\0") + struct.pack(f"<Q{len(shape)}Q", words, *shape)
+    body += dtype.ljust(16, b"\0") + struct.pack(f"<Q{len(shape)}Q", words, *shape)
     return body + crc(body)
 
 
@@ -49,14 +49,15 @@ def test_constant_tensor_byte_by_byte():
 
 
 def test_huffman_tensor_byte_by_byte():
-    # Counts 8, 4, 2, 2 give lengths 1, 2, 3, 3 and codes 0, 10, 110, 111; two symbols a stream.
-    data = b"aaaaaaaabbbbccdd"
+    # Counts 4:2:1:1 give lengths 1, 2, 3, 3 and codes 0, 10, 110, 111; 32 symbols a stream.
+    data = b"a" * 128 + b"b" * 64 + b"c" * 32 + b"d" * 32
     record = bytes([2, ord("a"), ord("d"), 0x21, 0x33])
-    directory = crc(data) + struct.pack("<8H", *[1] * 8)
-    streams = bytes([0, 0, 0, 0, 0b10100000, 0b10100000, 0b11011000, 0b11111100])
-    expected = header(b"w", 1, 0, b"I8", 16, [4, 4]) + segment(1, record + directory, streams)
+    directory = crc(data) + struct.pack("<8H", 4, 4, 4, 4, 8, 8, 12, 12)
+    streams = bytes(16) + bytes([0b10101010]) * 16 + bytes([0b11011011, 0b01101101, 0b10110110]) * 4
+    streams += b"\xff" * 12
+    expected = header(b"w", 1, 0, b"I8", 256, [16, 16]) + segment(1, record + directory, streams)
     expected += bytes(8)
-    assert reference.encode_tensor("w", "I8", (4, 4), data) == expected
+    assert reference.encode_tensor("w", "I8", (16, 16), data) == expected
     assert reference.decode_tensor(expected, "w") == data
 
 
@@ -141,15 +142,15 @@ def test_equal_counts_break_ties_by_symbol():
 
 
 def test_plane_modes():
-    def mode(counts):
-        return huffman.plan_plane(counts + [0] * (256 - len(counts))).mode
+    def mode(counts, n_blocks=1):
+        return huffman.plan_plane(counts + [0] * (256 - len(counts)), n_blocks).mode
 
     assert mode([0, 9]) == CONSTANT
-    assert mode([9, 9]) == HUFFMAN
     assert mode([1] * 256) == RAW
-    # Symbols that occur twice take 7 bits, the others 8; with 16 of them exactly 1/64 is saved.
-    assert mode([2] * 16 + [1] * 224) == HUFFMAN
-    assert mode([2] * 15 + [1] * 226) == RAW
+    # Three bytes of codes, four of table and sixteen of stream lengths are worth it from 24 on.
+    assert mode([12, 12]) == HUFFMAN
+    assert mode([12, 11]) == RAW
+    assert mode([12, 12], n_blocks=2) == RAW
 
 
 def blocks_of(*symbols):

@@ -12,7 +12,7 @@ from compress.checkpoint import MANIFEST
 from compress.errors import BadInput
 from compress.evaluate.verify import verify
 
-QUICK = ["calibration.sequences=2", "calibration.length=32"]
+QUICK = ["calibration.sequences=2", "calibration.length=64"]
 
 
 @pytest.fixture(scope="module")
