@@ -26,6 +26,7 @@ print(tokenizer.decode(model.generate(**tokens, max_new_tokens=24, do_sample=Fal
 
 
 def main() -> None:
+    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
     command(
         "compress", "--recipe", "entropy_prune.yaml", "--overwrite", "--output-dir", OUTPUT, MODEL
     )
@@ -56,20 +57,18 @@ def command(*args: object) -> None:
 
 def generate(path: Path) -> str:
     """What the model says, from a process that imports transformers only."""
-    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", USE, path, PROMPT],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
         cwd="/",
-        env=environment,
     )
-    return json.dumps(done.stdout.strip())
+    return json.dumps(done.stdout.strip(), ensure_ascii=False)
 
 
 def perplexity(path: Path) -> float:
-    import compress.hf
+    import compress.hf  # noqa: F401  here the package need not be installed
     from compress import checkpoint
     from compress.evaluate.perplexity import perplexity
     from compress.signals import text

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Buffer
 
-CHUNK = 1 << 25
+CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)

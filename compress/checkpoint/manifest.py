@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +97,17 @@ def hash_files(directory: Path, progress: Progress = SILENT) -> dict[str, dict[s
         if not regular:
             raise Corrupt("not a regular file of the directory", where=directory / path)
     sizes = {path: (directory / path).stat().st_size for path, _ in files}
+
+    def sha256(path: str) -> str:
+        with (directory / path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     found = {}
-    with progress.step("hashing files", sum(sizes.values())) as step:
-        for path, size in sizes.items():
-            with (directory / path).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with (
+        progress.step("hashing files", sum(sizes.values())) as step,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as hashers,
+    ):
+        for (path, size), digest in zip(sizes.items(), hashers.map(sha256, sizes), strict=True):
             found[path] = {"bytes": size, "sha256": digest}
             step.advance(size)
     return found

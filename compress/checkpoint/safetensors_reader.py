@@ -77,13 +77,16 @@ def read_header(path: Path) -> Header:
     )
 
 
-def read_pieces(path: Path, start: int, nbytes: int, size: int) -> Iterator[bytes]:
+def read_pieces(path: Path, start: int, nbytes: int, size: int) -> Iterator[memoryview]:
     """``nbytes`` of a file from ``start`` on, in pieces of ``size`` bytes, the last one shorter."""
+    import numpy as np
+
     with path.open("rb") as file:
         file.seek(start)
         while nbytes:
-            piece = file.read(min(size, nbytes))
-            if not piece:
+            # numpy asks for huge pages, which halves the time of reading from the page cache.
+            piece = np.empty(min(size, nbytes), np.uint8).data
+            if file.readinto(piece) != len(piece):
                 raise Corrupt("the file became shorter while it was read", where=path)
             nbytes -= len(piece)
             yield piece

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from compress.checkpoint.safetensors_reader import tensor_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+_WORTH_A_THREAD = 1 << 20
 
 # Offsets and unknown lengths are below this many bytes, so its digits bound theirs.
 _WIDEST = 10**15
@@ -36,16 +39,25 @@ class NewTensor:
 
 
 class Digest:
-    """Chunks on their way, and the SHA-256 of all that passed."""
+    """Chunks on their way, and the SHA-256 of all that passed.
+
+    Large chunks are hashed in another thread while their consumer works; hashing frees the GIL.
+    """
 
     def __init__(self, chunks: Iterable[Buffer]) -> None:
         self._chunks = chunks
         self._hash = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Buffer]:
-        for chunk in self._chunks:
-            self._hash.update(chunk)
-            yield chunk
+        with ThreadPoolExecutor(1) as hasher:
+            for chunk in self._chunks:
+                if memoryview(chunk).nbytes < _WORTH_A_THREAD:
+                    self._hash.update(chunk)
+                    yield chunk
+                    continue
+                hashed = hasher.submit(self._hash.update, chunk)
+                yield chunk
+                hashed.result()
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

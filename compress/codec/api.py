@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["backend", "decode", "decode_stream", "encode", "predict", "read_header"]
 
-_RUN = 1 << 25  # bytes handed to the backend at once, rounded to whole groups
+_RUN = 1 << 24  # bytes handed to the backend at once, rounded to whole groups
 
 
 def encode(

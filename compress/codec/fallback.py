@@ -144,7 +144,8 @@ def _plan_group(planes: np.ndarray) -> Iterator[tuple[int, int, list[Plane]]]:
     ]
     size = segment_blocks(counts)
     for block in range(0, len(counts), size):
-        plan = [plan_plane(c, len(counts[block : block + size])) for c in add_counts(counts[block : block + size])]
+        run = counts[block : block + size]
+        plan = [plan_plane(plane_counts, len(run)) for plane_counts in add_counts(run)]
         yield block << BLOCK_LOG2, min(words, block + size << BLOCK_LOG2), plan
 
 

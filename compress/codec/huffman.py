@@ -73,7 +73,8 @@ def plan_plane(counts: Counts, n_blocks: int) -> Plane:
     bits = sum(count * length for count, length in zip(counts, lengths, strict=True))
     used = [symbol for symbol, count in enumerate(counts) if count]
     table = 3 + (used[-1] - used[0] + 2) // 2 + 2 * STREAMS * n_blocks
-    return Plane(HUFFMAN, lengths=lengths) if 64 * (-(-bits // 8) + table) <= 63 * words else Plane(RAW)
+    pays = 64 * (-(-bits // 8) + table) <= 63 * words
+    return Plane(HUFFMAN, lengths=lengths) if pays else Plane(RAW)
 
 
 def add_counts(blocks: Sequence[Sequence[Counts]]) -> list[list[int]]:

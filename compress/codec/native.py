@@ -1,7 +1,8 @@
 """The C++ codec (``kernels/codec.cpp``) through ctypes, which releases the GIL for every call.
 
-The library is looked for beside this file (a built wheel), then in the user's cache under a name that
-digests its source, the flags and the processor; if it is in neither, it is compiled once, in a second.
+The library is looked for beside this file (a built wheel), then in the user's cache under a name
+that digests its source, the flags and the processor; if it is in neither, it is compiled once, in a
+few seconds.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def compile_library(command: Sequence[str], target: Path) -> None:
         subprocess.run(
             [*command, *FLAGS, str(source), "-o", name], check=True, capture_output=True, text=True
         )
-        os.replace(name, target)
+        Path(name).replace(target)
     finally:
         Path(name).unlink(missing_ok=True)
 

@@ -14,7 +14,7 @@ from compress.errors import BadInput
 _COUNT = "num_hidden_layers"
 _COUNTS = (_COUNT, "n_layer", "n_layers", "num_layers")  # names of older configs
 _ONE_PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
-_INDICES = ("mlp_only_layers", "moe_layers")
+_INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices")  # of the blocks that are special
 _LEADING = ("first_k_dense_replace", "max_window_layers")  # the first so many blocks are special
 _BY_BLOCK = "per_layer_config"
 _SPARSE_STEP = "decoder_sparse_step"
@@ -112,7 +112,7 @@ def _every_field(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(stated: Any) -> Any:
-    """A value as transformers reads it: infinities and NaN are spelled ``{"__float__": "Infinity"}``."""
+    """A value as transformers reads it; an infinity is spelled ``{"__float__": "Infinity"}``."""
     if isinstance(stated, dict):
         if stated.keys() == {"__float__"}:
             return float(stated["__float__"])

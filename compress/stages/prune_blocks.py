@@ -87,7 +87,7 @@ class PruneBlocks:
     def run(
         self, checkpoint: Checkpoint, config: PruneBlocksConfig, workspace: Workspace
     ) -> tuple[Checkpoint, StageReport]:
-        """Write the pruned checkpoint and prove that it computes what the rest of the old one does."""
+        """Write the pruned checkpoint and prove it to be the old one without those blocks."""
         text = workspace.calibration
         tokens = windows(text.data, checkpoint.tokenizer(), text.sequences, text.length, text.seed)
         model = load_float32(checkpoint)

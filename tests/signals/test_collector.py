@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
+
+from compress import checkpoint as room
+from compress import signals
+from compress.errors import BadInput
+from compress.signals import SCORERS, BlockTable, collect, find_blocks
+from compress.signals.bucket import bucket_entropy
+from compress.signals.cosine import cosine_distance
+from compress.signals.knn import knn_entropy
+from compress.signals.norm_ratio import norm_ratio
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+TOKENS = torch.randint(97, (3, 60), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    made = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)).eval()
+    for parameter in made.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return made
+
+
+def direct(model: Any, tokens: torch.Tensor) -> dict[str, list[list[float]]]:
+    """The same from all hidden states at once; the model makes no token massive."""
+    values: dict[str, list[list[float]]] = {scorer: [] for scorer in SCORERS}
+    with torch.no_grad():
+        states = model.model(tokens, output_hidden_states=True).hidden_states
+        last = []  # transformers normalises what comes out of the last block
+        hook = find_blocks(model)[-1].register_forward_hook(lambda *a: last.append(a[2]))
+        model(tokens)
+        hook.remove()
+    states = [*states[:-1], *last]
+    for x, y in pairwise(states):
+        pairs = [(a[1:], b[1:]) for a, b in zip(x, y, strict=True)]
+        values["knn_entropy"].append([knn_entropy(b) - knn_entropy(a) for a, b in pairs])
+        values["bucket_entropy"].append([bucket_entropy(b) - bucket_entropy(a) for a, b in pairs])
+        values["cosine"].append([cosine_distance(a, b) for a, b in pairs])
+        values["norm_ratio"].append([norm_ratio(a, b) for a, b in pairs])
+    return values
+
+
+def assert_close(table: BlockTable, values: dict[str, list[list[float]]]) -> None:
+    for scorer in SCORERS:
+        for found, expected in zip(table.values[scorer], values[scorer], strict=True):
+            assert found == pytest.approx(expected, rel=1e-3, abs=1e-3), scorer
+
+
+def test_the_pass_finds_what_all_hidden_states_give(model: LlamaForCausalLM) -> None:
+    table = collect(model, TOKENS)
+    assert_close(table, direct(model, TOKENS))
+    assert table.sinks == [[0] * 3] * 5
+
+
+def test_the_result_does_not_depend_on_threads_and_leaves_the_model_alone(
+    model: LlamaForCausalLM,
+) -> None:
+    threads = torch.get_num_threads()
+    assert collect(model, TOKENS, threads=1) == collect(model, TOKENS, threads=3)
+    assert torch.get_num_threads() == threads
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in find_blocks(model))
+
+
+def test_padding_is_masked(model: LlamaForCausalLM) -> None:
+    mask = torch.ones_like(TOKENS)
+    mask[:, 52:] = 0
+    padded = collect(model, TOKENS.masked_fill(mask == 0, 5), mask)
+    assert_close(padded, dict(collect(model, TOKENS[:, :52]).values))
+
+
+def test_who_writes_a_sink_is_seen(model: LlamaForCausalLM) -> None:
+    def write(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[:, 0] *= 1e4
+        return output
+
+    find_blocks(model)[2].register_forward_hook(write)
+    table = collect(model, TOKENS)
+    assert [table.writes_sink(block) for block in range(5)] == [False, False, True, False, False]
+    assert table.order("cosine", [])[-1] == 2
+    assert all(abs(value) < 100 for value in table.values["bucket_entropy"][2])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_name_the_block(
+    model: LlamaForCausalLM, value: float
+) -> None:
+    blocks = find_blocks(model)
+    blocks[3].mlp.down_proj.weight.data[0, 0] = value
+    with pytest.raises(BadInput, match="block 3: activations are not finite"):
+        collect(model, TOKENS)
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (TOKENS[:, :20], r"calibration\.length: .*got 20, expected 50 or more"),
+        (TOKENS.repeat(1, 3), r"calibration\.length: .*got 180, expected at most 128"),
+        (
+            TOKENS * 0 + 97,
+            "tokenizer does not fit the model, got token 97, expected less than .* 97",
+        ),
+    ],
+)
+def test_tokens_that_the_model_cannot_take(
+    model: LlamaForCausalLM, tokens: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        collect(model, tokens)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "distilbert"])
+def test_other_families_have_blocks_too(family: str) -> None:
+    aliases = {"n_embd": 32, "n_layer": 5, "n_head": 4} if family == "gpt2" else SIZES
+    aliases = {"n_layers": 5, "dim": 32, "n_heads": 4} if family == "distilbert" else aliases
+    config = AutoConfig.for_model(family, **{**aliases, "vocab_size": 97})
+    table = collect(AutoModel.from_config(config).eval(), TOKENS)
+    assert table.blocks == 5
+    assert all(len(table.values[scorer][0]) == 3 for scorer in SCORERS)
+
+
+@pytest.mark.parametrize("family", ["t5", "albert"])
+def test_a_model_without_one_stack_is_refused(family: str) -> None:
+    config = AutoConfig.for_model(family, vocab_size=97)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    with pytest.raises(BadInput, match="no single stack of transformer blocks"):
+        find_blocks(model)
+
+
+@dataclass(frozen=True)
+class Text:
+    data: str = "builtin:calibration"
+    sequences: int = 2
+    length: int = 64
+    seed: int = 0
+
+
+def test_measure_from_a_checkpoint(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = room.open(make_llama(tmp_path, num_hidden_layers=4))
+    found = signals.measure(checkpoint, Text())
+    assert found.table.blocks == 4
+    assert found.protected == {0, 1, 3}
+    assert found.orders() == {scorer: [2] for scorer in SCORERS}
+    assert found == signals.measure(checkpoint, Text())
+    assert found != signals.measure(checkpoint, Text(seed=1))
