@@ -80,6 +80,37 @@ def test_the_result_does_not_depend_on_threads_and_leaves_the_model_alone(
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in find_blocks(model))
 
 
+def test_every_sequence_runs_on_one_thread(model: LlamaForCausalLM) -> None:
+    threads = torch.get_num_threads()
+    seen = []
+    find_blocks(model)[0].register_forward_hook(lambda *a: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        collect(model, TOKENS)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [1, 1, 1]
+
+
+def test_what_happens_between_and_inside_blocks_is_told_apart(model: LlamaForCausalLM) -> None:
+    def overwrite(module: Any, args: Any, output: torch.Tensor) -> None:
+        args[0].zero_()
+
+    expected = collect(model, TOKENS)
+    blocks = find_blocks(model)
+    blocks[1].register_forward_hook(overwrite)
+    assert collect(model, TOKENS) == expected
+    blocks[2].register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+    doubled = collect(model, TOKENS).values["knn_entropy"]
+    states: list[torch.Tensor] = []
+    blocks[2].register_forward_hook(lambda module, args, output: states.extend([args[0], output]))
+    with torch.no_grad():
+        model(TOKENS[:1])
+    increase = knn_entropy(states[1][0, 1:]) - knn_entropy(states[0][0, 1:])
+    assert doubled[2][0] == pytest.approx(increase, rel=1e-3)
+
+
 def test_padding_is_masked(model: LlamaForCausalLM) -> None:
     mask = torch.ones_like(TOKENS)
     mask[:, 52:] = 0
@@ -90,14 +121,19 @@ def test_padding_is_masked(model: LlamaForCausalLM) -> None:
 def test_who_writes_a_sink_is_seen(model: LlamaForCausalLM) -> None:
     def write(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         output = output.clone()
-        output[:, 0] *= 1e4
+        output[:, 7] *= 1e4
         return output
 
-    find_blocks(model)[2].register_forward_hook(write)
-    table = collect(model, TOKENS)
+    states: list[torch.Tensor] = []
+    block = find_blocks(model)[2]
+    block.register_forward_hook(write)
+    block.register_forward_hook(lambda module, args, output: states.extend([args[0], output]))
+    table = collect(model, TOKENS, threads=1)
     assert [table.writes_sink(block) for block in range(5)] == [False, False, True, False, False]
     assert table.order("cosine", [])[-1] == 2
-    assert all(abs(value) < 100 for value in table.values["bucket_entropy"][2])
+    keep = [i for i in range(60) if i not in (0, 7)]
+    before, after = (bucket_entropy(state[0, keep]) for state in states[:2])
+    assert table.values["bucket_entropy"][2][0] == pytest.approx(after - before, abs=1e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -146,6 +182,12 @@ def test_a_model_without_one_stack_is_refused(family: str) -> None:
         model = AutoModel.from_config(config)
     with pytest.raises(BadInput, match="no single stack of transformer blocks"):
         find_blocks(model)
+
+
+def test_lists_inside_blocks_are_not_the_stack(model: LlamaForCausalLM) -> None:
+    for block in model.model.layers:
+        block.experts = torch.nn.ModuleList(torch.nn.Identity() for _ in range(5))
+    assert find_blocks(model) is model.model.layers
 
 
 @dataclass(frozen=True)

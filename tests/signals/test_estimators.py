@@ -43,8 +43,8 @@ def literal_bucket(x: torch.Tensor, bins: int) -> float:
 
 @pytest.mark.parametrize(("n", "d", "k"), [(60, 8, 25), (40, 3, 5), (26, 16, 25)])
 def test_knn_is_the_formula(n: int, d: int, k: int) -> None:
-    x = normal(n, d) * 3 + 50
-    assert knn_entropy(x, k) == pytest.approx(literal_knn(x, k), rel=1e-5)
+    x = normal(n, d) * 3 + 2000  # far off: the distances are small beside the norms
+    assert knn_entropy(x, k) == pytest.approx(literal_knn(x, k), rel=1e-4)
 
 
 @pytest.mark.parametrize(("n", "d", "bins"), [(200, 5, 20), (33, 4, 10)])

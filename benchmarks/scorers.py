@@ -1,0 +1,61 @@
+"""Held-out perplexity after each scorer's choice of blocks: `python benchmarks/scorers.py`.
+
+One calibration pass gives all scorers' choices; each is applied to the loaded model and measured on
+`builtin:heldout`, beside random choices of as many unprotected blocks and the whole model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from compress import checkpoint
+from compress.evaluate.perplexity import perplexity
+from compress.prune import choose
+from compress.signals import SCORERS, collect, find_blocks, load_float32, protected_blocks, text
+
+
+def without(model: Any, removed: Collection[int], tokens: torch.Tensor) -> float:
+    """Perplexity with the blocks ``removed`` passing on what they are given."""
+    blocks = find_blocks(model)
+    hooks = [blocks[i].register_forward_hook(lambda _, args, out: args[0]) for i in removed]
+    try:
+        return perplexity(model, tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo:smollm2-135m")
+    parser.add_argument("--drop", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--calibration", type=int, nargs=2, default=[32, 256])
+    parser.add_argument("--heldout", type=int, nargs=2, default=[32, 256])
+    parser.add_argument("--random", type=int, default=3, help="random choices of each size")
+    options = parser.parse_args()
+
+    opened = checkpoint.open(checkpoint.resolve(options.model))
+    tokenizer, model = opened.tokenizer(), load_float32(opened)
+    calibration = text.windows("builtin:calibration", tokenizer, *options.calibration, seed=0)
+    heldout = text.windows("builtin:heldout", tokenizer, *options.heldout, seed=0)
+    table = collect(model, calibration)
+    free = sorted(set(range(table.blocks)) - set(protected_blocks(table.blocks, None)))
+    chance = random.Random(0)
+    print(f"{options.model}: perplexity {perplexity(model, heldout):.2f} with all blocks\n")
+    print("| scorer | drop | blocks | perplexity |\n|---|---|---|---|")
+    for drop in options.drop:
+        choices = [(scorer, choose(table, scorer, drop)) for scorer in SCORERS]
+        choices += [("random", sorted(chance.sample(free, drop))) for _ in range(options.random)]
+        for scorer, removed in choices:
+            listed = " ".join(map(str, removed))
+            value = without(model, removed, heldout)
+            print(f"| {scorer} | {drop} | {listed} | {value:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
