@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from compress import codec
 from compress.checkpoint import (
@@ -28,9 +27,6 @@ from compress.stages.base import (
     Workspace,
     register,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 
 class EncodeWeightsConfig(StageConfig):
@@ -66,8 +62,7 @@ class EncodeWeights:
 
         def code(info: TensorInfo) -> Iterator[NewTensor]:
             original = Digest(checkpoint.chunks(info.name))
-            chunks = _ahead(original)
-            coded = codec.encode(info.name, info.dtype, info.shape, chunks, workspace.threads)
+            coded = codec.encode(info.name, info.dtype, info.shape, original, workspace.threads)
             yield NewTensor(info.name, "U8", None, coded, lambda: _record(info, original))
 
         coded, records = rewrite(
@@ -156,16 +151,6 @@ def decode(coded: Checkpoint, directory: Path, progress: Progress = SILENT) -> C
         label="decoding",
     )
     return dense
-
-
-def _ahead(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
-    """The same chunks, each read and hashed while the one before is being coded."""
-    remaining = iter(chunks)
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, remaining, None)
-        while (chunk := following.result()) is not None:
-            following = pool.submit(next, remaining, None)
-            yield chunk
 
 
 def _record(info: TensorInfo, digest: Digest) -> dict[str, Any]:
