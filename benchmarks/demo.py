@@ -49,9 +49,8 @@ def main() -> None:
 
 
 def command(*args: object) -> None:
-    print(
-        "\n$ python cli.py", *(os.path.relpath(a, ROOT) if isinstance(a, Path) else a for a in args)
-    )
+    shown = (os.path.relpath(a, ROOT) if isinstance(a, Path) else a for a in args)
+    print("\n$ python cli.py", *shown, flush=True)
     subprocess.run([sys.executable, ROOT / "cli.py", *map(str, args)], check=True, cwd=ROOT)
 
 

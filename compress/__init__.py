@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from compress import _autoload
+
 __version__ = "0.1.0"
 
 _VERBS = {
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from compress.evaluate.inspect import inspect
     from compress.evaluate.verify import verify
     from compress.pipeline import decompress, measure, plan, run
+
+
+_autoload.autoload()
 
 
 def __getattr__(name: str) -> Any:

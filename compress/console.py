@@ -88,20 +88,13 @@ def progress() -> Iterator[Progress]:
         yield Lines()
         return
     from rich.console import Console as RichConsole
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     columns = (
         TextColumn("{task.description:<20}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        TextColumn("{task.fields[amount]}"),
         TimeRemainingColumn(),
     )
     with Bars(*columns, console=RichConsole(stderr=True)) as bars:
@@ -116,8 +109,7 @@ class Lines:
         start = time.monotonic()
         yield self
         seconds = time.monotonic() - start
-        amount = size(total) if unit == "B" else f"{total:,} {unit}"
-        click.echo(f"{label}: {amount} in {seconds:.1f} s", err=True)
+        click.echo(f"{label}: {amount_of(total, unit)} in {seconds:.1f} s", err=True)
 
     def advance(self, amount: int) -> None:
         pass
@@ -134,20 +126,37 @@ class Terminal:
 
     @contextmanager
     def step(self, label: str, total: int, unit: str = "B") -> Iterator[Step]:
-        task = self._bars.add_task(label, total=total)
-        yield _Task(self._bars, task)
-        self._bars.update(task, completed=total)
+        task = self._bars.add_task(label, total=total, amount="")
+        running = _Task(self._bars, task, total, unit)
+        yield running
+        running.advance(total - running.done)
 
     def note(self, line: str) -> None:
         self._bars.console.print(line, highlight=False, markup=False)
 
 
 class _Task:
-    def __init__(self, bars: Bars, task: Any) -> None:
-        self._bars, self._task = bars, task
+    """A bar that says how much of how much is done, and how fast."""
+
+    def __init__(self, bars: Bars, task: Any, total: int, unit: str) -> None:
+        self._bars, self._task, self._total, self._unit = bars, task, total, unit
+        self._start = time.monotonic()
+        self.done = 0
 
     def advance(self, amount: int) -> None:
-        self._bars.advance(self._task, amount)
+        self.done += amount
+        rate = self.done / max(time.monotonic() - self._start, 1e-3)
+        done, total, each_second = map(self._show, (self.done, self._total, round(rate)))
+        self._bars.update(
+            self._task, completed=self.done, amount=f"{done} of {total}, {each_second}/s"
+        )
+
+    def _show(self, amount: int) -> str:
+        return amount_of(amount, self._unit)
+
+
+def amount_of(amount: int, unit: str) -> str:
+    return size(amount) if unit == "B" else f"{amount:,} {unit}"
 
 
 def size(nbytes: int) -> str:

@@ -100,7 +100,7 @@ def run(
     source = room.resolve(str(model), revision, progress)
     check_output(output, source.path, resume=resume, overwrite=overwrite)
     checkpoint = room.open(source)
-    planned = _plan(chosen, checkpoint)
+    planned = _plan(chosen, checkpoint, exact=False)
     sizes = [stage.nbytes for stage in planned.stages]
     with open_workspace(output, overwrite=overwrite) as directory:
         manifest = directory.published()
@@ -158,11 +158,11 @@ def measure(
     return signals.measure(checkpoint, calibration or Calibration(), progress)
 
 
-def _plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+def _plan(recipe: Recipe, checkpoint: Checkpoint, exact: bool = True) -> Plan:
     before = size = sum(info.nbytes for info in checkpoint.tensor_infos().values())
     planned = []
     for spec in _specs(recipe):
-        estimate = stages.get(spec.name).plan(checkpoint, spec.config, recipe.calibration)
+        estimate = stages.get(spec.name).plan(checkpoint, spec.config, recipe.calibration, exact)
         size = round(size * estimate.nbytes / max(1, before))
         planned.append(StagePlan(spec.name, size, estimate.changes))
     return Plan(checkpoint.source.id, recipe.resolved(), before, size, planned)

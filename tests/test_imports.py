@@ -25,10 +25,10 @@ FLOORS = {
     "evaluate": 4,
     "prune": 4,
     "hf": 3,
-    "_autoload": 3,
     "signals": 3,
     "checkpoint": 2,
     "codec": 1,
+    "_autoload": 0,  # names the quantizer's module as text
     "errors": 0,
     "paths": 0,
     "progress": 0,

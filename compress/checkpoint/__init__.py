@@ -15,6 +15,7 @@ from compress.checkpoint.checkpoint import Checkpoint, TensorInfo, open
 from compress.checkpoint.consistency import QUANT_METHOD, names_sha256
 from compress.checkpoint.json_io import dump_json, load_json, load_object
 from compress.checkpoint.layout import CONFIG, INDEX, MANIFEST, SINGLE
+from compress.checkpoint.loading import FLOATS
 from compress.checkpoint.manifest import check_files, hash_files, read_manifest, write_manifest
 from compress.checkpoint.rewrite import rewrite
 from compress.checkpoint.safetensors_writer import Digest, NewTensor, write_shard
@@ -22,6 +23,7 @@ from compress.checkpoint.source import Source, resolve
 
 __all__ = [
     "CONFIG",
+    "FLOATS",
     "INDEX",
     "MANIFEST",
     "QUANT_METHOD",

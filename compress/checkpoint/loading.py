@@ -10,11 +10,11 @@ from compress.errors import BadInput, Corrupt
 if TYPE_CHECKING:
     import torch
 
+# Dtypes that weights are computed in, by the names of safetensors and of torch.
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
 _TORCH_NAMES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
+    **FLOATS,
     "C64": "complex64",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",

@@ -41,7 +41,8 @@ class NewTensor:
 class Digest:
     """Chunks on their way, and the SHA-256 of all that passed.
 
-    Large chunks are hashed in another thread while their consumer works; hashing frees the GIL.
+    Where chunks are large, the next one is got and hashed in another thread while the consumer
+    works on the last; reading, decoding and hashing all free the GIL.
     """
 
     def __init__(self, chunks: Iterable[Buffer]) -> None:
@@ -49,15 +50,24 @@ class Digest:
         self._hash = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Buffer]:
-        with ThreadPoolExecutor(1) as hasher:
-            for chunk in self._chunks:
-                if memoryview(chunk).nbytes < _WORTH_A_THREAD:
-                    self._hash.update(chunk)
-                    yield chunk
-                    continue
-                hashed = hasher.submit(self._hash.update, chunk)
+        remaining = iter(self._chunks)
+        chunk = self._next(remaining)
+        if chunk is None or memoryview(chunk).nbytes < _WORTH_A_THREAD:
+            while chunk is not None:
                 yield chunk
-                hashed.result()
+                chunk = self._next(remaining)
+            return
+        with ThreadPoolExecutor(1) as ahead:
+            while chunk is not None:
+                following = ahead.submit(self._next, remaining)
+                yield chunk
+                chunk = following.result()
+
+    def _next(self, remaining: Iterator[Buffer]) -> Buffer | None:
+        chunk = next(remaining, None)
+        if chunk is not None:
+            self._hash.update(chunk)
+        return chunk
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

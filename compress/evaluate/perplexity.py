@@ -27,7 +27,7 @@ def perplexity(model: Any, tokens: torch.Tensor, progress: Progress = SILENT) ->
         raise ValueError(f"expected tokens [n >= 1, length >= 2], got {list(tokens.shape)}")
     device = next(model.parameters()).device
     total = 0.0
-    with torch.inference_mode(), progress.step("perplexity", tokens.numel(), "token") as step:
+    with torch.inference_mode(), progress.step("perplexity", tokens.numel(), "tokens") as step:
         for window in tokens.to(device):
             logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
             for part, targets in zip(logits.split(_SLICE), window[1:].split(_SLICE), strict=True):

@@ -62,7 +62,7 @@ def collect(
     with (
         _hooks(blocks, current),
         _one_thread_each(),
-        progress.step("calibrating", tokens.numel(), "token") as step,
+        progress.step("calibrating", tokens.numel(), "tokens") as step,
     ):
         pool = ThreadPoolExecutor(workers)
         try:

@@ -77,8 +77,13 @@ class Stage(Protocol):
     Config: ClassVar[type[StageConfig]]
     lossless: ClassVar[bool]
 
-    def plan(self, checkpoint: Checkpoint, config: Any, calibration: Calibration) -> Estimate:
-        """Check that the stage can run and say what it would do, without writing anything."""
+    def plan(
+        self, checkpoint: Checkpoint, config: Any, calibration: Calibration, exact: bool = True
+    ) -> Estimate:
+        """Check that the stage can run and say what it would do, without writing anything.
+
+        Not ``exact``: no tensor is read, and sizes may be bounds from above.
+        """
 
     def run(
         self, checkpoint: Checkpoint, config: Any, workspace: Workspace

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from compress.checkpoint import Checkpoint, NewTensor, TensorInfo, rewrite
+from compress.checkpoint import FLOATS, Checkpoint, NewTensor, TensorInfo, rewrite
 from compress.errors import BadInput
 from compress.stages.base import (
     Calibration,
@@ -19,8 +19,7 @@ from compress.stages.base import (
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_STORED = {name: dtype for dtype, name in _TORCH.items()}
+_STORED = {name: dtype for dtype, name in FLOATS.items()}
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -39,7 +38,11 @@ class Cast:
     lossless: ClassVar[bool] = False
 
     def plan(
-        self, checkpoint: Checkpoint, config: CastConfig, calibration: Calibration
+        self,
+        checkpoint: Checkpoint,
+        config: CastConfig,
+        calibration: Calibration,
+        exact: bool = True,
     ) -> Estimate:
         """The exact size. Raises `BadInput` for a checkpoint that is coded or quantized."""
         if "quantization_config" in checkpoint.config:
@@ -56,7 +59,7 @@ class Cast:
         def cast(info: TensorInfo) -> Iterator[NewTensor]:
             chunks: Iterable[Buffer] = checkpoint.chunks(info.name)
             dtype = info.dtype
-            if dtype in _TORCH and dtype != target:
+            if dtype in FLOATS and dtype != target:
                 chunks, dtype = _round(chunks, dtype, config.dtype), target
             yield NewTensor(info.name, dtype, info.shape, chunks)
 
@@ -81,7 +84,7 @@ class Cast:
 
 
 def _nbytes(info: TensorInfo, target: str) -> int:
-    if info.dtype not in _TORCH:
+    if info.dtype not in FLOATS:
         return info.nbytes
     return info.nbytes // _BYTES[info.dtype] * _BYTES[target]
 
@@ -90,7 +93,7 @@ def _round(chunks: Iterable[Buffer], dtype: str, target: str) -> Iterator[Buffer
     import torch
 
     for chunk in chunks:
-        values = torch.frombuffer(bytearray(chunk), dtype=getattr(torch, _TORCH[dtype]))
+        values = torch.frombuffer(bytearray(chunk), dtype=getattr(torch, FLOATS[dtype]))
         yield memoryview(values.to(getattr(torch, target)).view(torch.uint8).numpy())
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 from compress import codec
 from compress.checkpoint import (
+    FLOATS,
     QUANT_METHOD,
     Checkpoint,
     Digest,
@@ -42,15 +43,24 @@ class EncodeWeights:
     lossless: ClassVar[bool] = True
 
     def plan(
-        self, checkpoint: Checkpoint, config: EncodeWeightsConfig, calibration: Calibration
+        self,
+        checkpoint: Checkpoint,
+        config: EncodeWeightsConfig,
+        calibration: Calibration,
+        exact: bool = True,
     ) -> Estimate:
-        """The exact size of the coded tensors, from histograms: one pass of reading.
+        """The exact size of the coded tensors from histograms, one pass of reading; or that of now.
 
         Raises `BadInput` for a checkpoint that is coded or quantized already.
         """
         _refuse_coded(checkpoint)
         infos = checkpoint.tensor_infos().values()
-        nbytes = sum(codec.predict(info.dtype, checkpoint.chunks(info.name)) for info in infos)
+        nbytes = sum(
+            codec.predict(info.dtype, checkpoint.chunks(info.name), info.shape)
+            if exact
+            else info.nbytes
+            for info in infos
+        )
         return Estimate(nbytes, [f"{len(infos)} tensors coded losslessly"])
 
     def run(
@@ -69,7 +79,10 @@ class EncodeWeights:
             checkpoint,
             workspace.directory,
             code,
-            config={**checkpoint.config, "quantization_config": quantization_config(infos)},
+            config={
+                **checkpoint.config,
+                "quantization_config": quantization_config(infos.values()),
+            },
             metadata={"format": "pt", QUANT_METHOD: str(codec.FORMAT_VERSION)},
             progress=workspace.progress,
             label="encoding",
@@ -89,14 +102,20 @@ class EncodeWeights:
         return coded, report
 
 
-def quantization_config(names: Any) -> dict[str, Any]:
-    """What ``config.json`` says of a coded checkpoint with tensors of these names."""
+def quantization_config(infos: Collection[TensorInfo]) -> dict[str, Any]:
+    """What ``config.json`` says of a coded checkpoint with these tensors.
+
+    ``dtype`` is for models whose config names none: transformers would look at the stored bytes.
+    """
+    floats = (FLOATS[info.dtype] for info in infos if info.dtype in FLOATS)
+    names = [info.name for info in infos]
     return {
         "quant_method": QUANT_METHOD,
         "format_version": codec.FORMAT_VERSION,
         "min_reader": codec.MIN_READER,
         "tensors": len(names),
         "names_sha256": names_sha256(names),
+        "dtype": next(floats, None),
     }
 
 

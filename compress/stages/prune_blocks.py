@@ -59,7 +59,11 @@ class PruneBlocks:
     lossless: ClassVar[bool] = False
 
     def plan(
-        self, checkpoint: Checkpoint, config: PruneBlocksConfig, calibration: Calibration
+        self,
+        checkpoint: Checkpoint,
+        config: PruneBlocksConfig,
+        calibration: Calibration,
+        exact: bool = True,
     ) -> Estimate:
         """The size without the smallest blocks that may go: exact where all blocks are equal.
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,18 @@ def test_the_config_announces_the_format(tiny_llama: Path, tmp_path: Path) -> No
     coded, _ = encode(tiny_llama, tmp_path / "coded")
     names = coded.tensor_infos()
     ours = coded.config.pop("quantization_config")
-    assert ours == encode_weights.quantization_config(names)
+    assert ours == encode_weights.quantization_config(names.values())
+    assert ours["dtype"] == "bfloat16"
     assert ours["names_sha256"] == checkpoint.names_sha256(names)
     assert coded.config == checkpoint.open(tiny_llama).config
     assert coded.metadata(coded.files[0]) == {"format": "pt", "entropress": "1"}
+
+
+def test_a_plan_that_need_not_be_exact_reads_no_tensor(tiny_llama: Path, tmp_path: Path) -> None:
+    dense = checkpoint.open(shutil.copytree(tiny_llama, tmp_path / "dense"))
+    shutil.rmtree(dense.path)
+    estimate = STAGE.plan(dense, STAGE.Config(), Calibration(), exact=False)
+    assert estimate.nbytes == sum(info.nbytes for info in dense.tensor_infos().values())
 
 
 def test_the_plan_is_exact(tiny_llama: Path, tmp_path: Path) -> None:
