@@ -1,9 +1,9 @@
 """Our codec beside memcpy, zstd, zipnn and lmzip, in one process on the same bytes: `make bench`.
 
 Every round trip is compared byte for byte. Encoding includes whatever a codec always does (ours:
-checksums, and decoding again to compare); decoding goes into a buffer that exists already where the
-codec can do that (ours and memcpy). lmzip works from file to file, so its files lie in memory. Times
-are wall clock, the least of several runs that take turns, after a run that does not count.
+checksums, and decoding again to compare); decoding goes into a buffer that exists already where
+the codec can do that (ours and memcpy). lmzip works from file to file, so its files lie in memory.
+Times are wall clock, the least of several runs that take turns, after a run that does not count.
 """
 
 from __future__ import annotations

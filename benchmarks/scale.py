@@ -1,8 +1,8 @@
-"""Time and memory of a lossless run on a synthetic sharded checkpoint: `python benchmarks/scale.py`.
+"""Time and memory of a lossless run on a large checkpoint: `python benchmarks/scale.py`.
 
-The checkpoint has the tensor shapes of an 8B Llama, in Gaussian bf16, cut off at the size asked for.
-Each command runs in a process of its own; its peak resident memory is the kernel's figure, and that
-of a Python that has imported the same libraries is taken off.
+The checkpoint is synthetic: tensor shapes of an 8B Llama, Gaussian bf16, as many layers as make the
+size asked for. Each command runs in a process of its own; its peak resident memory is the kernel's
+figure, and that of a Python that has imported the same libraries is taken off.
 """
 
 from __future__ import annotations
@@ -97,9 +97,8 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as writer:
             nbytes = int(options.gigabytes * 1e9)
             total = writer.submit(write_checkpoint, Path(source), nbytes).result()
-        print(
-            f"{total / 1e9:.2f} GB of bf16 in {len(list(Path(source).glob('*.safetensors')))} shards"
-        )
+        shards = len(list(Path(source).glob("*.safetensors")))
+        print(f"{total / 1e9:.2f} GB of bf16 in {shards} shards\n")
         print("| command | seconds | GB/s | peak memory above the interpreter, MB |")
         print("|---|---|---|---|")
         for name, command in {
