@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -75,14 +72,23 @@ def write_checkpoint(directory: Path, nbytes: int) -> int:
     return total
 
 
+# A process's peak counts what it inherited at its start, so a small one stands between.
+LAUNCH = """
+import resource, subprocess, sys
+quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+status = subprocess.run([sys.executable, *sys.argv[1:]], **quiet).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
+
+
 def run(*command: str) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a command that must succeed."""
+    """Seconds and peak resident bytes of a Python command that must succeed."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH, *command], cwd=ROOT, check=True, capture_output=True
+    )
+    return time.perf_counter() - start, int(done.stdout) * 1024
 
 
 def main() -> None:
@@ -93,10 +99,7 @@ def main() -> None:
     _, interpreter = run("-c", "import compress.main, compress.pipeline, numpy, rich, pydantic")
     with tempfile.TemporaryDirectory(dir=options.directory) as work:
         source, coded, dense = (str(Path(work, name)) for name in ("source", "coded", "dense"))
-        # In a process of its own, since the kernel counts what a child inherits at its start.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as writer:
-            nbytes = int(options.gigabytes * 1e9)
-            total = writer.submit(write_checkpoint, Path(source), nbytes).result()
+        total = write_checkpoint(Path(source), int(options.gigabytes * 1e9))
         shards = len(list(Path(source).glob("*.safetensors")))
         print(f"{total / 1e9:.2f} GB of bf16 in {shards} shards\n")
         print("| command | seconds | GB/s | peak memory above the interpreter, MB |")

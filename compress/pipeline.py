@@ -23,6 +23,7 @@ from compress.workspace import (
     absolute,
     check_output,
     check_room,
+    is_complete,
     open_workspace,
     stage_key,
 )
@@ -96,22 +97,25 @@ def run(
     """
     chosen = recipes.load(recipe, overrides)
     output = absolute(output_dir)
-    check_output(output, resume=resume, overwrite=overwrite)
+    complete = resume and not overwrite and is_complete(output)
+    if not complete:
+        check_output(output, resume=resume, overwrite=overwrite)
     source = room.resolve(str(model), revision, progress)
-    check_output(output, source.path, resume=resume, overwrite=overwrite)
     checkpoint = room.open(source)
+    if complete and (result := _result_of(output, chosen, checkpoint)):
+        progress.note("complete already")
+        return result
+    check_output(output, source.path, resume=resume, overwrite=overwrite)
     planned = _plan(chosen, checkpoint, exact=False)
     sizes = [stage.nbytes for stage in planned.stages]
     with open_workspace(output, overwrite=overwrite) as directory:
-        manifest = directory.published()
+        manifest = directory.published(_keys(chosen, checkpoint)[-1])
         if manifest is None:
             most = max(size + before for size, before in zip(sizes, [0, *sizes], strict=False))
             check_room(output.parent, most, directory.path)
             manifest = _run(chosen, checkpoint, directory, threads, progress)
-        infos = room.open(output).tensor_infos().values()
-        bytes_out = sum(info.stored_nbytes for info in infos)
-        directory.remove()  # last: a run killed before is resumed, and finds itself published
-    return Result(output, manifest, planned.bytes_in, bytes_out)
+        directory.remove()
+    return Result(output, manifest, planned.bytes_in, _stored_nbytes(room.open(output)))
 
 
 def decompress(
@@ -186,6 +190,7 @@ def _run(
         current = room.open(Source(directory.stage(keys[done - 1]), source.id, source.revision))
     for index in range(done, len(specs)):
         spec, key = specs[index], keys[index]
+        directory.begin(key)
         workspace = Workspace(directory.stage(key), recipe.calibration, progress, threads)
         current, report = stages.get(spec.name).run(current, spec.config, workspace)
         directory.finish(key, report.model_dump(mode="json"))
@@ -196,6 +201,33 @@ def _run(
     manifest = room.write_manifest(current.path, _manifest(recipe, current, reports, progress))
     directory.publish(keys[-1], manifest["sha256"])
     return manifest
+
+
+def _result_of(output: Path, recipe: Recipe, checkpoint: Checkpoint) -> Result | None:
+    """What an earlier run left, if it was this one: same recipe, same origin."""
+    found = room.open(output)
+    manifest = found.manifest or {}
+    same = manifest.get("recipe") == _recorded(recipe)
+    if not same or manifest["source"] != _origin(checkpoint):
+        return None
+    before = sum(info.nbytes for info in checkpoint.tensor_infos().values())
+    return Result(output, manifest, before, _stored_nbytes(found))
+
+
+def _recorded(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe without a path of this machine."""
+    resolved = recipe.resolved()
+    if Path(resolved["calibration"]["data"]).is_file():
+        resolved["calibration"]["data"] = Path(resolved["calibration"]["data"]).name
+    return resolved
+
+
+def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"id": checkpoint.source.id, "revision": checkpoint.source.revision}
+
+
+def _stored_nbytes(checkpoint: Checkpoint) -> int:
+    return sum(info.stored_nbytes for info in checkpoint.tensor_infos().values())
 
 
 def _specs(recipe: Recipe) -> list[StageSpec]:
@@ -225,13 +257,10 @@ def _manifest(
 ) -> dict[str, Any]:
     """The manifest of a finished directory; holds no time and no path of this machine."""
     lossless = all(stages.get(spec.name).lossless for spec in _specs(recipe))
-    resolved = recipe.resolved()
-    if Path(resolved["calibration"]["data"]).is_file():
-        resolved["calibration"]["data"] = Path(resolved["calibration"]["data"]).name
     return {
         "class": "lossless" if lossless else "near-lossless",
-        "source": {"id": outcome.source.id, "revision": outcome.source.revision},
-        "recipe": resolved,
+        "source": _origin(outcome),
+        "recipe": _recorded(recipe),
         "versions": {"entropress": __version__}
         | {name: metadata.version(name) for name in ("torch", "transformers")},
         "stages": [

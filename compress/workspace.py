@@ -41,6 +41,20 @@ def workspace_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.entropress")
 
 
+def _finished_path(output: Path) -> Path:
+    return output.with_name(f".{output.name}.finished")
+
+
+def _sweep_finished(output: Path) -> None:
+    shutil.rmtree(_finished_path(output), ignore_errors=True)
+
+
+def is_complete(output: Path) -> bool:
+    """Whether a finished checkpoint stands there and no run is under way or left over."""
+    _sweep_finished(output)
+    return (output / MANIFEST).is_file() and not workspace_path(output).exists()
+
+
 def check_output(
     output: Path, source: Path | None = None, *, resume: bool, overwrite: bool
 ) -> None:
@@ -98,6 +112,11 @@ class RunDirectory:
         """Whether a stage is complete and its output still there."""
         return self._report(key).is_file() and self.stage(key).is_dir()
 
+    def begin(self, key: str) -> None:
+        """Forget an earlier report: until `finish`, the stage's output counts as incomplete."""
+        self._report(key).unlink(missing_ok=True)
+        fsync_dir(self.path)
+
     def finish(self, key: str, report: dict[str, Any]) -> None:
         """Record that a stage's output is complete."""
         write_atomic(self._report(key), dump_json(report))
@@ -124,23 +143,26 @@ class RunDirectory:
 
     def publish(self, key: str, digest: str | None = None) -> None:
         """Give a finished stage directory the output's name; ``digest`` is its manifest's."""
-        self._permit(published=digest)
+        self._permit(published={"stage": key, "sha256": digest})
         if self.output.is_dir() and not any(self.output.iterdir()):
             self.output.rmdir()
         replace_dir(self.stage(key), self.output, overwrite=self.overwrite)
 
-    def published(self) -> dict[str, Any] | None:
-        """The output's manifest, if this run had got as far as publishing it."""
-        digest = self._run().get("published")
+    def published(self, key: str) -> dict[str, Any] | None:
+        """The output's manifest, if a run had got as far as publishing that stage."""
+        record = self._run().get("published") or {}
         try:
-            manifest = read_manifest(self.output) if digest else None
+            manifest = read_manifest(self.output) if record.get("stage") == key else None
         except EntropressError:
             return None
-        return manifest if manifest and manifest["sha256"] == digest else None
+        return manifest if manifest and manifest["sha256"] == record["sha256"] else None
 
     def remove(self) -> None:
-        shutil.rmtree(self.path)
+        """End the run. The record of what was published goes last, and at once, by a rename."""
+        self.keep_only([])
+        self.path.rename(_finished_path(self.output))
         fsync_dir(self.path.parent)
+        _sweep_finished(self.output)
 
     def _report(self, key: str) -> Path:
         return self.path / f"{key}.json"
@@ -173,6 +195,7 @@ def open_workspace(output: Path, *, overwrite: bool) -> Iterator[RunDirectory]:
         except OSError:
             raise BadInput("another run is writing here", where=output) from None
         recover_dir(output)
+        _sweep_finished(output)
         run = RunDirectory(path, output, overwrite)
         if overwrite:
             run.keep_only([])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def die_at() -> Callable[[Callable[[], object], int], bool]:
             try:
                 work()
             except BaseException:
+                traceback.print_exc()  # pytest shows it with the failure
                 os._exit(1)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -42,11 +42,8 @@ def kill_and_resume(
         if not die_at(partial(run, out, resume=resume), point):
             break
         assert not out.exists() or contents(out) == contents(tmp_path / "whole")
-        resume = workspace_path(out).exists()
-        if out.exists() and not resume:
-            break  # it died after its work was done
-    if workspace_path(out).exists() or not out.exists():
-        run(out, resume=True)
+        resume = True
+    run(out, resume=True)
     assert contents(out) == contents(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
