@@ -23,7 +23,6 @@ from compress.workspace import (
     absolute,
     check_output,
     check_room,
-    is_complete,
     open_workspace,
     stage_key,
 )
@@ -97,20 +96,16 @@ def run(
     """
     chosen = recipes.load(recipe, overrides)
     output = absolute(output_dir)
-    complete = resume and not overwrite and is_complete(output)
-    if not complete:
-        check_output(output, resume=resume, overwrite=overwrite)
+    check_output(output, resume=resume, overwrite=overwrite)
     source = room.resolve(str(model), revision, progress)
     checkpoint = room.open(source)
-    if complete and (result := _result_of(output, chosen, checkpoint)):
-        progress.note("complete already")
-        return result
     check_output(output, source.path, resume=resume, overwrite=overwrite)
     planned = _plan(chosen, checkpoint, exact=False)
     sizes = [stage.nbytes for stage in planned.stages]
     with open_workspace(output, overwrite=overwrite) as directory:
-        manifest = directory.published(_keys(chosen, checkpoint)[-1])
-        if manifest is None:
+        if directory.published(_keys(chosen, checkpoint)[-1]):
+            manifest = room.read_manifest(output)
+        else:
             most = max(size + before for size, before in zip(sizes, [0, *sizes], strict=False))
             check_room(output.parent, most, directory.path)
             manifest = _run(chosen, checkpoint, directory, threads, progress)
@@ -138,11 +133,12 @@ def decompress(
         raise BadInput("is not compressed by entropress", where=coded.path)
     needed = sum(info.nbytes for info in coded.tensor_infos().values())
     with open_workspace(output, overwrite=overwrite) as directory:
-        check_room(output.parent, needed, directory.path)
         key = stage_key(0, "decode", coded.fingerprint, __version__)
-        directory.keep_only([key])
-        encode_weights.decode(coded, directory.stage(key), progress)
-        directory.publish(key)
+        if not directory.published(key):
+            check_room(output.parent, needed, directory.path)
+            directory.keep_only([key])
+            encode_weights.decode(coded, directory.stage(key), progress)
+            directory.publish(key)
         directory.remove()
     return output
 
@@ -199,19 +195,8 @@ def _run(
             directory.drop(keys[index - 1])
     directory.sweep(keys[-1])
     manifest = room.write_manifest(current.path, _manifest(recipe, current, reports, progress))
-    directory.publish(keys[-1], manifest["sha256"])
+    directory.publish(keys[-1])
     return manifest
-
-
-def _result_of(output: Path, recipe: Recipe, checkpoint: Checkpoint) -> Result | None:
-    """What an earlier run left, if it was this one: same recipe, same origin."""
-    found = room.open(output)
-    manifest = found.manifest or {}
-    same = manifest.get("recipe") == _recorded(recipe)
-    if not same or manifest["source"] != _origin(checkpoint):
-        return None
-    before = sum(info.nbytes for info in checkpoint.tensor_infos().values())
-    return Result(output, manifest, before, _stored_nbytes(found))
 
 
 def _recorded(recipe: Recipe) -> dict[str, Any]:

@@ -22,18 +22,20 @@ from compress.checkpoint import (
     dump_json,
     fsync_dir,
     load_object,
-    read_manifest,
     recover_dir,
     replace_dir,
     room_needed,
     write_atomic,
 )
-from compress.errors import BadInput, EntropressError, Missing
+from compress.errors import BadInput, Missing
 
 
 def absolute(output: str | Path) -> Path:
     """An output's full path without ``..``; a link stays a link, since links are replaced."""
-    return Path(os.path.abspath(output))  # noqa: PTH100
+    path = Path(os.path.abspath(output))  # noqa: PTH100
+    if not path.name:
+        raise BadInput("the root cannot be an output directory", where=path)
+    return path
 
 
 def workspace_path(output: Path) -> Path:
@@ -47,12 +49,6 @@ def _finished_path(output: Path) -> Path:
 
 def _sweep_finished(output: Path) -> None:
     shutil.rmtree(_finished_path(output), ignore_errors=True)
-
-
-def is_complete(output: Path) -> bool:
-    """Whether a finished checkpoint stands there and no run is under way or left over."""
-    _sweep_finished(output)
-    return (output / MANIFEST).is_file() and not workspace_path(output).exists()
 
 
 def check_output(
@@ -75,7 +71,7 @@ def check_output(
             where=output,
             mend="continue it with --resume or start again with --overwrite",
         )
-    if not _occupied(output) or (resume and left):
+    if not occupied(output) or (resume and left):
         return
     if not overwrite:
         raise BadInput(
@@ -85,7 +81,7 @@ def check_output(
         raise BadInput("is not a checkpoint, so it is not overwritten", where=output)
 
 
-def _occupied(output: Path) -> bool:
+def occupied(output: Path) -> bool:
     """Whether anything but an empty directory bears the name."""
     if output.is_dir() and not output.is_symlink():
         return any(output.iterdir())
@@ -141,21 +137,34 @@ class RunDirectory:
             else:
                 path.unlink()
 
-    def publish(self, key: str, digest: str | None = None) -> None:
-        """Give a finished stage directory the output's name; ``digest`` is its manifest's."""
-        self._permit(published={"stage": key, "sha256": digest})
+    def publish(self, key: str) -> None:
+        """Give a finished stage directory the output's name."""
+        self._permit(published=key)
         if self.output.is_dir() and not any(self.output.iterdir()):
             self.output.rmdir()
         replace_dir(self.stage(key), self.output, overwrite=self.overwrite)
 
-    def published(self, key: str) -> dict[str, Any] | None:
-        """The output's manifest, if a run had got as far as publishing that stage."""
-        record = self._run().get("published") or {}
-        try:
-            manifest = read_manifest(self.output) if record.get("stage") == key else None
-        except EntropressError:
-            return None
-        return manifest if manifest and manifest["sha256"] == record["sha256"] else None
+    def published(self, key: str) -> bool:
+        """Whether an interrupted run had got as far as giving that stage the output's name.
+
+        Raises `BadInput` when the output exists, is of another run, and may not be overwritten.
+        """
+        if self._run().get("published") == key and not self.stage(key).exists():
+            return self.output.is_dir()
+        if occupied(self.output) and not self.overwrite:
+            raise BadInput(
+                "the output exists, and what was left unfinished here was another run",
+                where=self.output,
+                mend="choose another --output-dir or --overwrite it",
+            )
+        return False
+
+    def worthless(self) -> bool:
+        """Whether nothing is finished here that a resumed run could use."""
+        return not any(
+            path.name not in ("lock", "run.json") and path.suffix == ".json"
+            for path in (*self.path.glob("*.json"), *self.path.glob("*/*.done.json"))
+        ) and not self._run().get("published")
 
     def remove(self) -> None:
         """End the run. The record of what was published goes last, and at once, by a rename."""
@@ -184,16 +193,8 @@ def open_workspace(output: Path, *, overwrite: bool) -> Iterator[RunDirectory]:
     another process is at work on the same output, `Missing` when the place cannot be written.
     """
     path = workspace_path(output)
+    lock = _lock(path, output)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise Missing(f"cannot be written: {error.strerror}", where=output.parent) from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BadInput("another run is writing here", where=output) from None
         recover_dir(output)
         _sweep_finished(output)
         run = RunDirectory(path, output, overwrite)
@@ -202,10 +203,36 @@ def open_workspace(output: Path, *, overwrite: bool) -> Iterator[RunDirectory]:
             run._permit(overwrite=True, published=None)
         else:
             run = RunDirectory(path, output, bool(run._run().get("overwrite")))
-        with room_needed(output):
-            yield run
+        try:
+            with room_needed(output):
+                yield run
+        except Exception:
+            if run.worthless():
+                shutil.rmtree(path, ignore_errors=True)
+            raise
     finally:
         os.close(lock)
+
+
+def _lock(path: Path, output: Path) -> int:
+    """A file descriptor that holds the workspace's lock; closing it gives the lock up."""
+    while True:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise Missing(f"cannot be written: {error.strerror}", where=output.parent) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held, named = os.fstat(lock), (path / "lock").stat()
+        except BlockingIOError:
+            os.close(lock)
+            raise BadInput("another run is writing here", where=output) from None
+        except FileNotFoundError:
+            held = named = None
+        if held and named and held.st_ino == named.st_ino:
+            return lock
+        os.close(lock)  # the run that held it removed the workspace just then
 
 
 def stage_key(index: int, *inputs: Any) -> str:

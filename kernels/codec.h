@@ -7,8 +7,8 @@
 //     never act, past the end of a stream. Every coded tensor ends with such a tail.
 //   * Nothing read from `src` is trusted. Every length, table and sum is checked before it is used as an offset.
 //
-// Functions return a size or 0 on success and a negative Ep error otherwise; on error where[0] is the segment (decode) or
-// group (encode) and where[1] the block in it, or -1 where there is none. They may be called from any number of threads.
+// Functions return a size or 0 on success and a negative Ep error otherwise; on error where[0] is the segment and
+// where[1] the block in it, or -1 where there is none. They may be called from any number of threads.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -1,6 +1,7 @@
 // CRC-32C of a buffer: hardware instructions where present, eight-table slicing elsewhere.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -108,12 +109,16 @@ inline uint32_t crc_arm(uint32_t c, const uint8_t* p, size_t n) {
 
 using CrcUpdate = uint32_t (*)(uint32_t, const uint8_t*, size_t);
 
+// Heeds ENTROPRESS_ISA as loops.h does, so that every path can be tested anywhere.
 inline CrcUpdate crc_choose() {
+  const char* limit = std::getenv("ENTROPRESS_ISA");
+  const bool narrow = limit && !std::strcmp(limit, "avx2");
+  if (limit && !std::strcmp(limit, "portable")) return crc_portable;
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("vpclmulqdq")) return crc_avx512;
+  if (!narrow && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("vpclmulqdq")) return crc_avx512;
   if (__builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul")) return crc_sse42;
 #elif defined(__ARM_FEATURE_CRC32)
-  return crc_arm;
+  if (!narrow) return crc_arm;
 #endif
   return crc_portable;
 }

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <functional>
 #include <mutex>
 #include <system_error>
@@ -15,7 +16,8 @@ namespace ep {
 class Pool {
  public:
   // Runs body(i) for every i < n on at most `threads` threads. A second caller while the pool is busy works alone rather
-  // than wait; a process that cannot start threads does so too.
+  // than wait; a process that cannot start threads does so too. An exception of the body ends the loop and is thrown
+  // again here, once no thread is at work any more.
   static void run(size_t n, int threads, const std::function<void(size_t)>& body) {
     Pool& pool = instance();
     std::unique_lock<std::mutex> turn(pool.turn_, std::try_to_lock);
@@ -26,7 +28,7 @@ class Pool {
     pool.grow(std::min<size_t>(threads, n) - 1);
     {
       std::lock_guard<std::mutex> lock(pool.mutex_);
-      pool.body_ = &body, pool.n_ = n, pool.next_ = 0;
+      pool.body_ = &body, pool.n_ = n, pool.next_ = 0, pool.thrown_ = nullptr;
       pool.wanted_ = std::min<size_t>(std::min<size_t>(threads, n) - 1, pool.workers_);
       pool.generation_++;
     }
@@ -35,6 +37,7 @@ class Pool {
     std::unique_lock<std::mutex> lock(pool.mutex_);
     pool.wanted_ = 0;  // whoever has not joined by now finds nothing left
     pool.idle_.wait(lock, [&] { return pool.active_ == 0; });
+    if (pool.thrown_) std::rethrow_exception(pool.thrown_);
   }
 
  private:
@@ -79,13 +82,20 @@ class Pool {
   }
 
   void work(const std::function<void(size_t)>& body, size_t n) {
-    for (size_t i; (i = next_.fetch_add(1)) < n;) body(i);
+    try {
+      for (size_t i; (i = next_.fetch_add(1)) < n;) body(i);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!thrown_) thrown_ = std::current_exception();
+      next_ = n;
+    }
   }
 
   const pid_t pid_ = getpid();
   std::mutex turn_, mutex_;
   std::condition_variable wake_, idle_;
   const std::function<void(size_t)>* body_ = nullptr;
+  std::exception_ptr thrown_;
   std::atomic<size_t> next_{0};
   size_t n_ = 0, workers_ = 0, wanted_ = 0, active_ = 0, generation_ = 0;
 };

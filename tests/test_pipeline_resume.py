@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,17 @@ def kill_and_resume(
     """Die at each point in turn, going on with --resume each time; then finish and compare."""
     run = partial(pipeline.run, "lossless.yaml", model, overrides=overrides)
     run(tmp_path / "whole")
+    die_and_go_on(run, tmp_path, points, die_at, contents)
+
+
+def die_and_go_on(
+    run: Callable[..., object],
+    tmp_path: Path,
+    points: list[int],
+    die_at: DieAt,
+    contents: Contents,
+) -> None:
+    """The same for anything that takes an output and ``resume``; "whole" is what to expect."""
     out = tmp_path / "out"
     resume = False
     for point in points:
@@ -43,9 +55,59 @@ def kill_and_resume(
             break
         assert not out.exists() or contents(out) == contents(tmp_path / "whole")
         resume = True
-    run(out, resume=True)
+        if out.exists() and not workspace_path(out).exists():
+            break  # it died after its work was done
+    if workspace_path(out).exists() or not out.exists():
+        run(out, resume=True)
     assert contents(out) == contents(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    left = {path.name for path in tmp_path.iterdir()} - {"coded"}
+    assert left - {".out.finished"} == {"out", "whole"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", [*range(1, 150, 12), *range(150, 200)])
+def test_a_killed_decompression_goes_on(
+    tiny_llama_sharded: Path, tmp_path: Path, point: int, die_at: DieAt, contents: Contents
+) -> None:
+    pipeline.run("lossless.yaml", tiny_llama_sharded, tmp_path / "coded")
+    run = partial(pipeline.decompress, tmp_path / "coded")
+    run(tmp_path / "whole")
+    die_and_go_on(run, tmp_path, [point], die_at, contents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", range(200, 290))
+def test_killed_near_the_end(
+    tiny_llama_sharded: Path, tmp_path: Path, point: int, die_at: DieAt, contents: Contents
+) -> None:
+    kill_and_resume(tiny_llama_sharded, tmp_path, ONE_STAGE, [point], die_at, contents)
+
+
+def test_another_run_does_not_take_over_what_was_published(
+    tiny_llama: Path, tiny_llama_tied: Path, tmp_path: Path, die_at: DieAt
+) -> None:
+    out = tmp_path / "out"
+    run = partial(pipeline.run, "lossless.yaml", tiny_llama, out)
+    point = 400
+    while not (out.exists() and workspace_path(out).exists()):
+        for path in (out, workspace_path(out), out.with_name(".out.finished")):
+            shutil.rmtree(path, ignore_errors=True)
+        point -= 1
+        die_at(run, point)
+    with pytest.raises(BadInput, match="another run"):
+        pipeline.run("lossless.yaml", tiny_llama_tied, out, resume=True)
+    assert pipeline.run("lossless.yaml", tiny_llama, out, resume=True).path == out
+
+
+def test_a_run_that_finished_nothing_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="windows"):
+        pipeline.run(
+            "entropy_prune.yaml",
+            tiny_llama,
+            tmp_path / "out",
+            overrides=["calibration.sequences=100000", "calibration.length=64"],
+        )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("point", [3, *range(30, 330, 24)])

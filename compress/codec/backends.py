@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 VARIABLE = "ENTROPRESS_BACKEND"
+_MOST_THREADS = 256
 
 
 class Backend(Protocol):
@@ -55,9 +56,9 @@ def backend() -> str:
 
 
 def threads_or_all(threads: int | None) -> int:
-    """``threads``, or as many as this process may run on."""
+    """``threads`` within reason, or as many as this process may run on."""
     if threads is not None:
-        return max(1, threads)
+        return min(max(1, threads), _MOST_THREADS)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

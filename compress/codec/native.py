@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.codec.format import TAIL
-from compress.errors import Corrupt, EntropressError
+from compress.errors import Corrupt
 from compress.paths import cache_dir, data_dir
 
 if TYPE_CHECKING:
@@ -196,6 +196,8 @@ def _call(function: Any, *arguments: Any) -> int:
     place = (f"segment {segment}" if segment >= 0 else "") + (
         f", block {block}" if block >= 0 else ""
     )
-    if result in (-8, -9, -10, -11):
-        raise (MemoryError if result == -10 else EntropressError)(_ERRORS[result])
+    if result == -10:
+        raise MemoryError(_ERRORS[result])
+    if result in (-8, -11):
+        raise ValueError(_ERRORS[result])
     raise Corrupt(_ERRORS[result], where=place or None)

@@ -84,7 +84,7 @@ def _codec() -> Finding:
 
 def _autoload() -> Finding:
     found = [point.value for point in metadata.entry_points(group="torch.backends")]
-    if "compress._autoload:autoload" in found:
+    if "_entropress_autoload:autoload" in found:
         return Finding("autoload", True, "plain from_pretrained knows the format")
     return Finding(
         "autoload",

@@ -39,17 +39,18 @@ def coded(kit, tmp_path_factory):
 def installed(tmp_path_factory):
     """A folder for PYTHONPATH that holds the package and its entry point."""
     site = tmp_path_factory.mktemp("site")
-    (site / "compress").symlink_to(REPOSITORY / "compress")
+    for name in ("compress", "_entropress_autoload.py"):
+        (site / name).symlink_to(REPOSITORY / name)
     info = site / "entropress-0.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: entropress\nVersion: 0.0\n")
     (info / "entry_points.txt").write_text(
-        "[torch.backends]\nentropress = compress._autoload:autoload\n"
+        "[torch.backends]\nentropress = _entropress_autoload:autoload\n"
     )
     return site
 
 
-def python(code, *arguments, site=None, **environment):
+def python(code, *arguments, site=None, cwd=Path(sys.executable).parent, **environment):
     """Run code in a fresh interpreter, away from the repository."""
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     variables |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
@@ -57,7 +58,7 @@ def python(code, *arguments, site=None, **environment):
         variables["PYTHONPATH"] = str(site)
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        cwd=Path(sys.executable).parent,
+        cwd=cwd,
         env=variables,
         capture_output=True,
         text=True,
@@ -84,6 +85,16 @@ import compress.hf
     code = f"{imports}{code}model = {load}"
     run = python(code, *coded, site=installed, ENTROPRESS_AUTOLOAD="0")
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("theirs", ["compress.py", "compress/__init__.py"])
+def test_somebody_elses_compress_is_left_alone(theirs, installed, tmp_path):
+    (tmp_path / theirs).parent.mkdir(exist_ok=True)
+    (tmp_path / theirs).write_text("print('run')\n")
+    code = "import torch, transformers.quantizers.auto; print('torch is there'); import compress"
+    run = python(code, site=installed, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "torch is there\nrun\n"
 
 
 def test_without_the_package_it_raises(coded):
