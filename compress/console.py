@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.errors import EntropressError
+from compress.errors import EntropressError, Missing
 from compress.progress import Progress, Step
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def _last_words(error: BaseException, ctx: click.Context) -> tuple[str, int]:
     """The line a command ends with, and its exit code."""
     if isinstance(error, EntropressError):
         return f"error: {error}", error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"error: no room on disk: {error}", Missing.exit_code
     if isinstance(error, KeyboardInterrupt):
         return ctx.meta.get("interrupted", "interrupted"), INTERRUPTED
     line = f"internal error: {type(error).__name__}: {' '.join(str(error).split())}"

@@ -19,6 +19,11 @@ def read_yaml(text: str, where: str) -> tuple[Any, Lines]:
     """
     lines: Lines = {}
     try:
+        for token in yaml.scan(text, yaml.SafeLoader):
+            if isinstance(token, yaml.AliasToken):  # a few of them can stand for gigabytes
+                raise BadInput(
+                    "aliases are not allowed", where=f"{where}:{token.start_mark.line + 1}"
+                )
         root = yaml.compose(text, yaml.SafeLoader)
         if root is not None:
             _collect_lines(root, (), lines, where)

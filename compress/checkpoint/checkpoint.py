@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,19 +130,18 @@ class Checkpoint:
         import numpy as np
         import torch
 
-        info = self.tensor_infos()[self._locate(name)[1].name]
-        file, start, nbytes = self.stored(name)
+        file, entry = self._locate(name)
+        info = self.tensor_infos()[name]
         dtype, shape = loading.torch_layout(info.dtype, info.shape, tensor_at(file, name))
-        tensor = torch.empty(math.prod(shape), dtype=dtype)
-        data = tensor.view(torch.uint8).numpy()
+        data = np.empty(entry.nbytes, np.uint8)
+        read_into(self.path / file, entry.start, data.data)
         if self.coded:
-            blob = np.empty(nbytes, np.uint8)
-            read_into(self.path / file, start, blob.data)
+            # The codec holds the size that the header claims against the segments, then allocates.
             with _naming(self.path / file):
-                codec.decode(blob.data, name, out=data)
-        else:
-            read_into(self.path / file, start, data.data)
-        return tensor.reshape(shape)
+                data = codec.decode(data.data, name)
+        if not data.size:
+            return torch.empty(shape, dtype=dtype)
+        return torch.from_numpy(data).view(dtype).reshape(shape)
 
     def load_model(self, dtype: Any = "auto", device: Any = "cpu") -> Any:
         """The transformers model in eval mode (`loading.load_model`).

@@ -18,7 +18,7 @@ from compress.checkpoint.json_io import parse_json
 from compress.errors import BadInput, Corrupt
 
 MAX_HEADER = 100_000_000  # the official reader's limit, in bytes
-_MAX_ELEMENTS = 1 << 63
+_MAX_ELEMENTS = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def tensor_bytes(dtype: Any, shape: list[int] | tuple[int, ...], where: object) 
     elements = 1
     for length in shape:
         elements *= length
-        if elements > _MAX_ELEMENTS:
+        if max(elements, length) > _MAX_ELEMENTS:
             raise Corrupt("the shape has too many elements", where=where)
     if not isinstance(dtype, str) or len(dtype) > 16:  # a name that long is not worth comparing
         raise Corrupt("unknown dtype", where=where)

@@ -163,6 +163,7 @@ def parse_header(prefix: bytes | memoryview, name: str | None = None) -> Header:
     check(MIN_BLOCK_LOG2 <= block_log2 <= MAX_BLOCK_LOG2, "the header's block size is not valid")
     dtype_name = dtype.rstrip(b"\0").decode("ascii", "replace")
     shape = struct.unpack_from(f"<{ndim}Q", prefix, _FIXED.size)
+    check(max(shape, default=0) < 1 << 63, "the header's shape is absurd")
     check(dtype_name in _BITS, f"the header names an unknown dtype {dtype_name!r}")
     check(
         prod(shape) * _BITS[dtype_name] == words * width * 8,

@@ -112,6 +112,8 @@ def _checked(checkpoint_files: list[str]) -> Checkpoint:
     if given != sorted(coded.files):
         raise Corrupt("its shards are not the files to load", where=directory, got=", ".join(given))
     coded.tensor_infos()
+    # Downloads of single files come without a manifest; one that is there must be whole.
+    _ = coded.manifest
     return coded
 
 
