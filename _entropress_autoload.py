@@ -1,4 +1,4 @@
-"""Entry point that torch calls when it is imported; it lets plain `from_pretrained` know the format.
+"""Entry point that torch calls when imported; through it `from_pretrained` knows the format.
 
 A module of its own, under a name nobody else has: the package is called ``compress``, and so may be
 a file beside somebody's script, which must be neither run nor blamed here.

@@ -34,7 +34,7 @@ def main() -> None:
 
     sys.path.insert(0, str(ROOT))
     from compress import checkpoint
-    from compress.evaluate.inspect import inspect
+    from compress.evaluate import inspect
 
     original = checkpoint.resolve(MODEL).path
     rows = []
@@ -69,11 +69,11 @@ def generate(path: Path) -> str:
 def perplexity(path: Path) -> float:
     import compress.hf  # noqa: F401  here the package need not be installed
     from compress import checkpoint
-    from compress.evaluate.perplexity import perplexity
-    from compress.signals import text
+    from compress.evaluate import perplexity
+    from compress.signals import windows
 
     model = checkpoint.open(path)
-    tokens = text.windows("builtin:heldout", model.tokenizer(), 16, 256, 0)
+    tokens = windows("builtin:heldout", model.tokenizer(), 16, 256, 0)
     return perplexity(model.load_model(dtype="float32"), tokens)
 
 

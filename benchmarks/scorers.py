@@ -14,9 +14,16 @@ from typing import Any
 import torch
 
 from compress import checkpoint
-from compress.evaluate.perplexity import perplexity
+from compress.evaluate import perplexity
 from compress.prune import choose
-from compress.signals import SCORERS, collect, find_blocks, load_float32, protected_blocks, text
+from compress.signals import (
+    SCORERS,
+    collect,
+    find_blocks,
+    load_float32,
+    protected_blocks,
+    windows,
+)
 
 
 def without(model: Any, removed: Collection[int], tokens: torch.Tensor) -> float:
@@ -41,8 +48,8 @@ def main() -> None:
 
     opened = checkpoint.open(checkpoint.resolve(options.model))
     tokenizer, model = opened.tokenizer(), load_float32(opened)
-    calibration = text.windows("builtin:calibration", tokenizer, *options.calibration, seed=0)
-    heldout = text.windows("builtin:heldout", tokenizer, *options.heldout, seed=0)
+    calibration = windows("builtin:calibration", tokenizer, *options.calibration, seed=0)
+    heldout = windows("builtin:heldout", tokenizer, *options.heldout, seed=0)
     table = collect(model, calibration)
     free = sorted(set(range(table.blocks)) - set(protected_blocks(table.blocks, None)))
     chance = random.Random(0)

@@ -1,9 +1,10 @@
 """Registers the quantizer when transformers needs it, at no cost until then.
 
 torch calls `autoload` through the entry point group ``torch.backends`` when it is imported
-(``_entropress_autoload`` stands between), and so does ``import compress``. All it does is to put a finder in front of the import system, which waits for transformers' table of
-quantizers and adds ours to it. ``ENTROPRESS_AUTOLOAD=0`` switches the entry point off; importing
-``compress.hf`` registers all the same. Nothing in here may fail: it runs inside other libraries.
+(``_entropress_autoload`` stands between), and so does ``import compress``. All it does is to put a
+finder in front of the import system, which waits for transformers' table of quantizers and adds
+ours to it. ``ENTROPRESS_AUTOLOAD=0`` switches that off; importing ``compress.hf`` registers all the
+same. Nothing in here may fail: it runs inside other libraries.
 """
 
 from __future__ import annotations

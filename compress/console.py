@@ -94,13 +94,10 @@ def progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (
-        TextColumn("{task.description:<20}"),
-        BarColumn(),
-        TextColumn("{task.fields[amount]}"),
-        TimeRemainingColumn(),
-    )
-    with Bars(*columns, console=RichConsole(stderr=True)) as bars:
+    console = RichConsole(stderr=True)
+    label, amount = TextColumn("{task.description}"), TextColumn("{task.fields[amount]}")
+    wide = (label, BarColumn(), amount, TimeRemainingColumn())
+    with Bars(*(wide if console.width >= 80 else (label, amount)), console=console) as bars:
         yield Terminal(bars)
 
 

@@ -251,9 +251,12 @@ def verify(path: str, against: str | None, revision: str | None, as_json: bool) 
         report = check(path, against, revision=revision, progress=bars)
     for fault in report.faults:
         console.say(fault)
-    for title, names in (("dropped", report.dropped), ("changed dtype", report.changed)):
+    for title, names in (
+        (f"removed from {report.against}", report.dropped),
+        ("not compared, since their dtype was changed", report.not_compared),
+    ):
         if names:
-            console.say(f"{title} from {report.against}: {len(names)} tensors, {names[0]} first")
+            console.say(f"{title}: {len(names)} tensors, {names[0]} first")
     console.document({"ok": report.ok, **asdict(report)})
     if not report.ok:
         raise CheckFailed(f"{len(report.faults)} faults, {report.faults[0]} first", where=path)
@@ -262,7 +265,7 @@ def verify(path: str, against: str | None, revision: str | None, as_json: bool) 
         "are sound"
     )
     if against:
-        equal = report.tensors - len(report.changed)
+        equal = report.tensors - len(report.not_compared)
         console.say(f"{equal} tensors equal those of {report.against} bit for bit")
 
 

@@ -17,7 +17,14 @@ from compress.errors import BadInput
 from compress.progress import SILENT, Progress
 from compress.recipe import Recipe, StageSpec
 from compress.signals import Measurement
-from compress.stages import Calibration, StageReport, Workspace, encode_weights
+from compress.stages import (
+    Calibration,
+    CheckpointView,
+    StageReport,
+    Workspace,
+    encode_weights,
+    total_nbytes,
+)
 from compress.workspace import (
     RunDirectory,
     absolute,
@@ -68,8 +75,8 @@ def plan(
 ) -> Plan:
     """Say what `run` would do and how large its output would be.
 
-    The first stage that changes sizes is planned exactly. Those after it are planned on the model
-    as it is now and scaled by what came before. Raises as `run` does before it writes.
+    Each stage is planned on what the one before will make where that is known without writing (a
+    cast), otherwise on the model before it, scaled. Raises as `run` does before it writes.
     """
     chosen = recipes.load(recipe, overrides)
     return _plan(chosen, room.open(room.resolve(str(model), revision, progress)))
@@ -159,12 +166,14 @@ def measure(
 
 
 def _plan(recipe: Recipe, checkpoint: Checkpoint, exact: bool = True) -> Plan:
-    before = size = sum(info.nbytes for info in checkpoint.tensor_infos().values())
+    current: CheckpointView = checkpoint
+    before = size = total_nbytes(checkpoint)
     planned = []
     for spec in _specs(recipe):
-        estimate = stages.get(spec.name).plan(checkpoint, spec.config, recipe.calibration, exact)
-        size = round(size * estimate.nbytes / max(1, before))
+        estimate = stages.get(spec.name).plan(current, spec.config, recipe.calibration, exact)
+        size = round(size * estimate.nbytes / max(1, total_nbytes(current)))
         planned.append(StagePlan(spec.name, size, estimate.changes))
+        current = estimate.outcome or current
     return Plan(checkpoint.source.id, recipe.resolved(), before, size, planned)
 
 
@@ -200,9 +209,9 @@ def _run(
 
 
 def _recorded(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe without a path of this machine."""
+    """The resolved recipe without a path of this machine, be the file there or not."""
     resolved = recipe.resolved()
-    if Path(resolved["calibration"]["data"]).is_file():
+    if not resolved["calibration"]["data"].startswith("builtin:"):
         resolved["calibration"]["data"] = Path(resolved["calibration"]["data"]).name
     return resolved
 
@@ -249,7 +258,9 @@ def _manifest(
         "versions": {"entropress": __version__}
         | {name: metadata.version(name) for name in ("torch", "transformers")},
         "stages": [
-            report.model_dump(mode="json", exclude={"tensors", "renamed"}) for report in reports
+            report.model_dump(mode="json", exclude={"tensors", "renamed"})
+            | {"removed": [_original(name, reports[:i]) for name in report.removed]}
+            for i, report in enumerate(reports)
         ],
         "tensors": _tensor_records(outcome, reports, progress),
         "files": room.hash_files(outcome.path, progress),
@@ -263,12 +274,17 @@ def _tensor_records(
     """Dtype, shape and sha256 of every tensor, and the name it had in the original."""
     records = reports[-1].tensors or _hash_tensors(outcome, progress)
     for name, record in records.items():
-        origin = name
-        for report in reversed(reports):
-            origin = report.renamed.get(origin, origin)
+        origin = _original(name, reports)
         if origin != name:
             record["from"] = origin
     return records
+
+
+def _original(name: str, reports: list[StageReport]) -> str:
+    """The name that a tensor had before those stages."""
+    for report in reversed(reports):
+        name = report.renamed.get(name, name)
+    return name
 
 
 def _hash_tensors(outcome: Checkpoint, progress: Progress) -> dict[str, dict[str, Any]]:

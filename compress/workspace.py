@@ -224,14 +224,13 @@ def _lock(path: Path, output: Path) -> int:
             raise Missing(f"cannot be written: {error.strerror}", where=output.parent) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held, named = os.fstat(lock), (path / "lock").stat()
+            if os.fstat(lock).st_ino == (path / "lock").stat().st_ino:
+                return lock
         except BlockingIOError:
             os.close(lock)
             raise BadInput("another run is writing here", where=output) from None
         except FileNotFoundError:
-            held = named = None
-        if held and named and held.st_ino == named.st_ino:
-            return lock
+            pass
         os.close(lock)  # the run that held it removed the workspace just then
 
 

@@ -47,6 +47,17 @@ def test_the_main_road(run: Cli, here: Path, tiny_llama: Path) -> None:
     assert "lossless, made from tiny" in result.stdout
 
 
+def test_verify_says_what_it_did_not_compare(run: Cli, here: Path, tiny_llama: Path) -> None:
+    args = ("--recipe", "lossless.yaml", "--set", "model.dtype=float16", "--output-dir", "out")
+    assert run("compress", *args, tiny_llama).exit_code == 0
+    result = run("verify", "--against", tiny_llama, "out")
+    assert result.exit_code == 0
+    assert "not compared, since their dtype was changed: 57 tensors, lm_head" in result.stdout
+    assert "0 tensors equal those of tiny bit for bit" in result.stdout
+    found = document(run("verify", "--json", "--against", tiny_llama, "out"))
+    assert len(found["not_compared"]) == found["tensors"] == 57
+
+
 def test_json_is_one_document_on_stdout(run: Cli, here: Path, tiny_llama: Path) -> None:
     args = ("--recipe", "lossless.yaml", "--json")
     planned = document(run("compress", "--dry-run", *args, tiny_llama))

@@ -3,12 +3,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from compress import checkpoint, pipeline
+from compress import checkpoint, pipeline, stages
 from compress.errors import BadInput, Missing
 from compress.workspace import open_workspace, workspace_path
 
@@ -102,6 +103,58 @@ def test_the_plan_of_later_stages_follows_the_earlier_ones(tiny_llama: Path) -> 
     first, last = pruned.stages
     assert first.nbytes < pruned.bytes_in
     assert last.nbytes == pytest.approx(first.nbytes * whole.bytes_out / whole.bytes_in, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_follows_a_cast_is_planned_on_the_cast_tensors(
+    dtype: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    overrides = [f"model.dtype={dtype}"]
+    planned = pipeline.plan(LOSSLESS, tiny_llama, overrides=overrides)
+    result = pipeline.run(LOSSLESS, tiny_llama, tmp_path / "out", overrides=overrides)
+    assert [stage.stage for stage in planned.stages] == ["cast", "encode_weights"]
+    assert planned.bytes_out == pytest.approx(result.bytes_out, rel=0.005)
+
+
+def test_a_text_in_the_home_directory_is_told_by_its_content(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text, overrides = tmp_path / "mine.txt", [*QUICK, "calibration.data=~/mine.txt"]
+    run = partial(pipeline.run, "entropy_prune.yaml", tiny_llama, overrides=overrides)
+
+    def stop(*args: Any) -> None:
+        raise InterruptedError
+
+    text.write_text("To be, or not to be. " * 40)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(stages.get("encode_weights")), "run", stop)
+        with pytest.raises(InterruptedError):
+            run(tmp_path / "out")
+    text.write_text("That is the question! " * 40)
+    resumed, whole = run(tmp_path / "out", resume=True), run(tmp_path / "whole")
+    assert resumed.manifest == whole.manifest
+    assert whole.manifest["recipe"]["calibration"]["data"] == "mine.txt"
+
+
+@pytest.mark.parametrize("data", ["~/lost/mine.txt", "/lost/mine.txt", "lost/mine.txt"])
+def test_a_text_that_is_not_read_leaves_no_path_either(
+    data: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    overrides = [f"calibration.data={data}"]
+    result = pipeline.run(LOSSLESS, tiny_llama, tmp_path / "out", overrides=overrides)
+    assert result.manifest["recipe"]["calibration"]["data"] == "mine.txt"
+
+
+def test_a_null_quantization_config_is_none(tiny_llama: Path, tmp_path: Path) -> None:
+    from compress.evaluate import verify
+
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    pipeline.run(LOSSLESS, model, tmp_path / "out")
+    assert verify(tmp_path / "out", model).faults == []
+    assert verify(tmp_path / "out", tiny_llama).faults == []
 
 
 def test_an_existing_output_is_kept_unless_told_otherwise(tiny_llama: Path, tmp_path: Path) -> None:

@@ -34,6 +34,25 @@ def test_a_name_is_looked_for_here_first(tmp_path: Path, monkeypatch: pytest.Mon
     assert recipes.load("entropy_prune.yaml").stages[0].name == "encode_weights"
 
 
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("~/a.txt", "HOME/a.txt"),
+        ("./a.txt", "./a.txt"),
+        ("b/../a.txt", "b/../a.txt"),
+        ("a~.txt", "a~.txt"),
+        ("~no-such-user/a.txt", "~no-such-user/a.txt"),
+        ("builtin:heldout", "builtin:heldout"),
+    ],
+)
+def test_a_home_directory_is_expanded_once(
+    data: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "HOME")
+    recipe = recipes.parse({**PRUNE, "calibration": {"data": data}})
+    assert recipe.calibration.data == expected
+
+
 def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
     with pytest.raises(BadInput, match=r"no such recipe.*entropy_prune\.yaml, lossless\.yaml"):
         recipes.load("lossles.yaml")
@@ -168,4 +187,3 @@ def test_any_text_gives_a_recipe_or_one_clear_line(text: str) -> None:
         recipes.parse(data, lines=lines)
     except BadInput as error:
         assert "\n" not in str(error)
-

@@ -12,7 +12,7 @@ from compress.checkpoint.atomic import (
     write_atomic,
 )
 from compress.checkpoint.checkpoint import Checkpoint, TensorInfo, open
-from compress.checkpoint.consistency import QUANT_METHOD, names_sha256
+from compress.checkpoint.consistency import QUANT_METHOD, dense_config, names_sha256
 from compress.checkpoint.json_io import dump_json, load_json, load_object
 from compress.checkpoint.layout import CONFIG, INDEX, MANIFEST, SINGLE
 from compress.checkpoint.loading import FLOATS
@@ -36,6 +36,7 @@ __all__ = [
     "atomic_file",
     "check_files",
     "copy_atomic",
+    "dense_config",
     "dump_json",
     "fsync_dir",
     "hash_files",

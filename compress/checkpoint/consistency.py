@@ -14,6 +14,7 @@ from compress.checkpoint.safetensors_reader import Header, tensor_at
 from compress.errors import Corrupt
 
 QUANT_METHOD = "entropress"
+_MARK = "quantization_config"
 
 
 def names_sha256(names: Iterable[str]) -> str:
@@ -23,8 +24,17 @@ def names_sha256(names: Iterable[str]) -> str:
 
 def coding(config: dict[str, Any]) -> dict[str, Any] | None:
     """The config's ``quantization_config`` if it is ours."""
-    ours = config.get("quantization_config")
+    ours = config.get(_MARK)
     return ours if isinstance(ours, dict) and ours.get("quant_method") == QUANT_METHOD else None
+
+
+def dense_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without the mark of our coding; a ``quantization_config`` left is another's.
+
+    One that is null, as some tools write it, says nothing and goes too.
+    """
+    bare = not config.get(_MARK) or coding(config) is not None
+    return {key: value for key, value in config.items() if not (bare and key == _MARK)}
 
 
 def check_index(path: Path, headers: dict[str, Header], weight_map: dict[str, str] | None) -> None:
@@ -56,7 +66,7 @@ def check_coding(path: Path, headers: dict[str, Header], config: dict[str, Any])
     where = path / layout.CONFIG
     needed = ours.get("min_reader")
     if type(needed) is not int:
-        raise Corrupt("quantization_config lacks min_reader", where=where)
+        raise Corrupt(f"{_MARK} lacks min_reader", where=where)
     if needed > codec.FORMAT_VERSION:
         raise newer_reader_needed(where, needed)
     names = [name for header in headers.values() for name in header.entries]

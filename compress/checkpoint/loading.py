@@ -48,7 +48,7 @@ def torch_layout(
         raise BadInput(f"torch has no dtype for {dtype}", where=where)
     if dtype == "F4" and shape:
         if shape[-1] % 2:
-            raise BadInput("torch packs F4 in pairs", where=where, got=f"a last dimension {shape[-1]}")
+            raise BadInput("torch packs F4 in pairs", where=where, got=f"{shape[-1]} of them")
         shape = (*shape[:-1], shape[-1] // 2)
     return getattr(torch, _TORCH_NAMES[dtype]), shape
 

@@ -62,21 +62,18 @@ def _encode(
 def predict(
     dtype: str,
     chunks: Iterable[Buffer],
-    shape: Sequence[int] | None = None,
+    shape: Sequence[int],
     threads: int | None = None,
 ) -> int:
-    """Bytes of the coded tensor, header and tail included, from histograms alone.
+    """Exact bytes of the coded tensor, header and tail included, from histograms alone.
 
-    Exact if ``shape`` is given; otherwise a matrix is assumed, and each dimension more or less is 8
-    bytes. Raises as `encode`.
+    Arguments and errors as those of `encode`.
     """
-    header = make_header("", dtype, (0, 0) if shape is None else shape)
+    header = make_header("", dtype, shape)
     coder, threads = choose(), threads_or_all(threads)
-    if shape is not None:
-        chunks = _exactly(header.nbytes, chunks, None)
     segments: int = sum(
         coder.predict(run, header.width, header.rotate, threads)
-        for run in _runs(chunks, header.width)
+        for run in _runs(_exactly(header.nbytes, chunks, None), header.width)
     )
     end = header.size + segments
     return end + len(header.tail(end))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,8 @@ class VerifyReport:
     """The outcome of `verify`. ``faults``: one line each, naming file and tensor; empty if sound.
 
     ``nbytes``: decoded bytes of the ``tensors`` tensors that were read. Compared with an original:
-    ``dropped`` are its tensors that are left out on purpose, ``changed`` those whose dtype was.
+    ``dropped`` are its tensors that a stage removed, by their names in it; ``not_compared`` those
+    here whose dtype a stage changed, so that nothing can be said of their bytes.
     """
 
     path: Path
@@ -31,7 +33,7 @@ class VerifyReport:
     against: str | None = None
     faults: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
+    not_compared: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -50,9 +52,9 @@ def verify(
     From the files alone: the manifest's own digest, the exact set of files, the sha256 of each, and
     of each tensor its block checksums, dtype, shape and the sha256 of its decoded bytes. With
     ``against`` (as MODEL of `run`, at ``revision``): each tensor's bytes are the original's, and so
-    are the sidecar files; a lossless checkpoint has all tensors and the same config. All faults are
-    collected. Raises `BadInput` for a path that is no directory or an original that cannot be
-    opened.
+    are the sidecar files; no tensor is missing but those that the manifest says were removed; a
+    lossless checkpoint has the same dtypes and config. All faults are collected. Raises `BadInput`
+    for a path that is no directory or an original that cannot be opened.
     """
     path = Path(path)
     if not path.is_dir():
@@ -117,12 +119,17 @@ def _compare(
     records = manifest["tensors"]
     origins = {record.get("from", name): name for name, record in records.items()}
     infos = original.tensor_infos()
-    missing = sorted(infos.keys() - origins.keys())
-    if lossless:
-        report.faults.extend(f"{name}: in the original but not here" for name in missing)
-        report.faults.extend(_config_faults(original, checkpoint))
-    else:
-        report.dropped.extend(missing)
+    missing, removed = infos.keys() - origins.keys(), _removed(manifest)
+    report.dropped.extend(sorted(missing & removed))
+    report.faults.extend(
+        f"{name}: in the original but not here" for name in sorted(missing - removed)
+    )
+    report.faults.extend(
+        f"{name}: the manifest says it was removed, but it is here or never was"
+        for name in sorted(removed - missing)
+    )
+    if lossless and room.dense_config(checkpoint.config) != room.dense_config(original.config):
+        report.faults.append(f"{room.CONFIG}: differs from the original's")
     report.faults.extend(
         f"{origins[name]}: the original has no {name}"
         for name in sorted(origins.keys() - infos.keys())
@@ -131,36 +138,35 @@ def _compare(
 
     def fault(info: TensorInfo) -> str | None:
         name = origins[info.name]
-        if not lossless and records[name]["dtype"] != info.dtype:
-            report.changed.append(name)
+        record = records[name]
+        same = record["shape"] == list(info.shape)
+        if same and record["dtype"] != info.dtype and not lossless:
+            report.not_compared.append(name)
             return None
-        same = _sha256(original, info.name, step) == records[name]["sha256"]
-        same = same and records[name]["shape"] == list(info.shape)
-        same = same and records[name]["dtype"] == info.dtype
+        same = same and record["dtype"] == info.dtype
+        same = same and record["sha256"] == _sha256(original, info.name, step)
         return None if same else f"{name}: differs from the original's {info.name}"
 
     with progress.step("comparing tensors", sum(info.nbytes for info in common)) as step:
         report.faults.extend(_collect(common, fault))
-    report.changed.sort()
+    report.not_compared.sort()
     report.faults.extend(_sidecar_faults(original, manifest))
 
 
-def _config_faults(original: Checkpoint, checkpoint: Checkpoint) -> list[str]:
-    config = {key: value for key, value in checkpoint.config.items() if checkpoint.coded}
-    config.pop("quantization_config", None)
-    expected = original.config if checkpoint.coded else config
-    return [] if config == expected else [f"{room.CONFIG}: differs from the original's"]
+def _removed(manifest: dict[str, Any]) -> set[str]:
+    """The original's tensors that some stage took out."""
+    lists = [stage.get("removed") for stage in manifest["stages"] if isinstance(stage, dict)]
+    return {str(name) for names in lists if isinstance(names, list) for name in names}
 
 
 def _sidecar_faults(original: Checkpoint, manifest: dict[str, Any]) -> list[str]:
     faults = []
     for sidecar in original.sidecars():
         entry = manifest["files"].get(sidecar)
-        data = Digest([(original.path / sidecar).read_bytes()])
-        list(data)
+        digest = hashlib.sha256((original.path / sidecar).read_bytes()).hexdigest()
         if entry is None:
             faults.append(f"{sidecar}: in the original but not here")
-        elif entry["sha256"] != data.hexdigest():
+        elif entry["sha256"] != digest:
             faults.append(f"{sidecar}: differs from the original's")
     return faults
 

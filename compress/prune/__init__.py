@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from compress.prune.blocks import check_drop, choose
 from compress.prune.proof import check_pruned, output_without
-from compress.prune.settings import block_count, cut_config, model_config
+from compress.prune.settings import block_count, cut_config, model_config, stale_patterns
 from compress.prune.surgery import BlockStack, find_stack, remove_blocks
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "model_config",
     "output_without",
     "remove_blocks",
+    "stale_patterns",
 ]

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, Corrupt
-from compress.signals import find_blocks, load_float32
-from compress.signals.blocks import block_input, run_base
+from compress.signals import block_input, find_blocks, load_float32, run_base
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,11 @@ _COUNT = "num_hidden_layers"
 _COUNTS = (_COUNT, "n_layer", "n_layers", "num_layers")  # names of older configs
 _ONE_PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
 _INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices")  # of the blocks that are special
-_LEADING = ("first_k_dense_replace", "max_window_layers")  # the first so many blocks are special
+_LEADING = (
+    "first_k_dense_replace",
+    "max_window_layers",
+    "num_dense_layers",
+)  # the first so many blocks are special
 _BY_BLOCK = "per_layer_config"
 _SPARSE_STEP = "decoder_sparse_step"
 _NOT_OF_BLOCKS = ("architectures", "id2label", "label2id")
@@ -26,6 +30,10 @@ _REFUSED = {
     "hidden_size_per_layer_input": "every block has a slice of an embedding of its own",
     "attn_layer_period": "every so many blocks another kind follows",
     "expert_layer_period": "every so many blocks another kind follows",
+    "moe_layer_start_index": "blocks have experts by their positions",
+    "moe_layer_end_index": "blocks have experts by their positions",
+    "cross_attention_layers": "some blocks look at images only",
+    "block_types": "kinds of blocks follow one another in a cycle",
     "rescale_every": "the stream is rescaled every so many blocks",
 }
 
@@ -87,7 +95,13 @@ def cut_config(config: Mapping[str, Any], keep: Sequence[int]) -> dict[str, Any]
         by_block = {int(old): value for old, value in stated[_BY_BLOCK].items()}
         cut[_BY_BLOCK] = {str(j): by_block[i] for j, i in enumerate(keep) if i in by_block}
     whole = {**config, "text_config": cut} if nested else cut
-    model_config(whole)
+    if (count := block_count(whole)) != len(keep):
+        raise BadInput(
+            "blocks cannot be removed: the config states their number in an unknown place",
+            where=f"config.json of model type {config.get('model_type')}",
+            got=f"{count} blocks after the cut",
+            expected=len(keep),
+        )
     return whole
 
 

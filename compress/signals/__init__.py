@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from compress.signals.blocks import find_blocks
+from compress.signals.blocks import block_input, find_blocks, run_base
 from compress.signals.collector import check_length, check_tokens, collect
 from compress.signals.measurement import Measurement, load_float32, measure, summarize
 from compress.signals.table import SCORERS, BlockTable, protected_blocks
+from compress.signals.text import load_text, windows
 from compress.signals.weights import WeightEntropy, measure_weights, symbol_entropy
 
 __all__ = [
@@ -13,14 +14,18 @@ __all__ = [
     "BlockTable",
     "Measurement",
     "WeightEntropy",
+    "block_input",
     "check_length",
     "check_tokens",
     "collect",
     "find_blocks",
     "load_float32",
+    "load_text",
     "measure",
     "measure_weights",
     "protected_blocks",
+    "run_base",
     "summarize",
     "symbol_entropy",
+    "windows",
 ]

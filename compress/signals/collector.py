@@ -101,6 +101,7 @@ def check_length(config: Any, length: int) -> None:
             where="calibration.length",
             got=length,
             expected=f"{MIN_LENGTH} or more" if length < MIN_LENGTH else f"at most {most}",
+            mend="set calibration.length in the recipe, or --length of `measure`",
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from compress.checkpoint import Checkpoint
+from compress.errors import BadInput
 from compress.progress import SILENT, Progress
 from compress.signals.collector import collect
 from compress.signals.table import SCORERS, BlockTable, protected_blocks, significant
@@ -104,12 +105,22 @@ def measure(
 
 
 def load_float32(checkpoint: Checkpoint) -> Any:
-    """The model to measure on: on a CPU float32 is faster than bfloat16, and exact to compare."""
+    """The model to measure on: on a CPU float32 is faster than bfloat16, and exact to compare.
+
+    Raises `BadInput` for a model that reads no tokens, and what `Checkpoint.load_model` raises.
+    """
     import torch
 
     import compress.hf  # noqa: F401  teaches transformers to read coded checkpoints
 
-    return checkpoint.load_model(dtype=torch.float32)
+    model = checkpoint.load_model(dtype=torch.float32)
+    if model.main_input_name != "input_ids":
+        raise BadInput(
+            "blocks are measured on text, which this model does not read",
+            where=checkpoint.path,
+            got=f"a model of {model.main_input_name}",
+        )
+    return model
 
 
 def summarize(table: BlockTable, protected: frozenset[int]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ _SEPARATOR = "\n\n"
 _FIELDS = (("text",), ("content",), ("page",), ("question", "answer"))
 
 
-def load(data: str) -> list[str]:
+def load_text(data: str) -> list[str]:
     """The documents of ``builtin:calibration``, ``builtin:heldout`` or a file.
 
     The built-in text is the English language reference that comes with Python (`pydoc_data`); it
@@ -35,7 +35,7 @@ def load(data: str) -> list[str]:
     """
     if data.startswith("builtin:"):
         return _builtin(data)
-    path = Path(data).expanduser()
+    path = Path(data)
     if not path.is_file():
         raise BadInput("is a directory" if path.is_dir() else "no such file", where=data)
     kind = path.suffix.lower()
@@ -56,13 +56,13 @@ def load(data: str) -> list[str]:
 def windows(data: str, tokenizer: Any, sequences: int, length: int, seed: int) -> torch.Tensor:
     """``sequences`` windows of ``length`` tokens that do not overlap: int64 [sequences, length].
 
-    The documents of `load`, shuffled by ``seed``, are tokenized into one stream without special
-    tokens and the stream is cut, so every window is full and nothing is padded. Equal arguments
-    give equal windows. Raises `BadInput` where the text is too short.
+    The documents of `load_text`, shuffled by ``seed``, are tokenized into one stream without
+    special tokens and the stream is cut, so every window is full and nothing is padded. Equal
+    arguments give equal windows. Raises `BadInput` where the text is too short.
     """
     import torch
 
-    documents = load(data)
+    documents = load_text(data)
     random.Random(seed).shuffle(documents)
     stream = list(islice(_tokens(documents, tokenizer), sequences * length))
     if len(stream) < sequences * length:

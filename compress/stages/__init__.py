@@ -5,6 +5,7 @@ from __future__ import annotations
 from compress.stages import cast, encode_weights, prune_blocks
 from compress.stages.base import (
     Calibration,
+    CheckpointView,
     Estimate,
     Stage,
     StageConfig,
@@ -13,10 +14,12 @@ from compress.stages.base import (
     get,
     names,
     register,
+    total_nbytes,
 )
 
 __all__ = [
     "Calibration",
+    "CheckpointView",
     "Estimate",
     "Stage",
     "StageConfig",
@@ -28,4 +31,5 @@ __all__ = [
     "names",
     "prune_blocks",
     "register",
+    "total_nbytes",
 ]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, TensorInfo
 from compress.errors import BadInput, did_you_mean
 from compress.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 class StageConfig(BaseModel):
@@ -20,23 +25,50 @@ class StageConfig(BaseModel):
 
 
 class Calibration(StageConfig):
-    """The text a stage may look at: ``sequences`` windows of ``length`` tokens."""
+    """The text a stage may look at: ``sequences`` windows of ``length`` tokens.
+
+    A ``~`` that leads ``data`` is expanded here, once, so that everybody means the same file.
+    """
 
     data: str = "builtin:calibration"
     sequences: int = Field(default=128, ge=1)
     length: int = Field(default=512, ge=8)
     seed: int = 0
 
+    @field_validator("data")
+    @classmethod
+    def _expand_home(cls, data: str) -> str:
+        return os.path.expanduser(data)  # noqa: PTH111  a Path would rewrite the rest as well
+
+
+class CheckpointView(Protocol):
+    """What a plan looks at: a `Checkpoint`, or what an earlier stage will make of one."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def coded(self) -> bool: ...
+
+    def tensor_infos(self) -> dict[str, TensorInfo]: ...
+
+    def chunks(self, name: str) -> Iterator[Buffer]: ...
+
 
 @dataclass(frozen=True)
 class Estimate:
     """What a stage expects to do, found cheaply.
 
-    ``nbytes``: size of the tensors afterwards; ``changes``: one line each, for people.
+    ``nbytes``: size of the tensors afterwards; ``changes``: one line each, for people; ``outcome``:
+    what later stages are to plan on, from a stage that knows it without writing.
     """
 
     nbytes: int
     changes: list[str] = field(default_factory=list)
+    outcome: CheckpointView | None = None
 
 
 class StageReport(BaseModel):
@@ -78,7 +110,7 @@ class Stage(Protocol):
     lossless: ClassVar[bool]
 
     def plan(
-        self, checkpoint: Checkpoint, config: Any, calibration: Calibration, exact: bool = True
+        self, checkpoint: CheckpointView, config: Any, calibration: Calibration, exact: bool = True
     ) -> Estimate:
         """Check that the stage can run and say what it would do, without writing anything.
 
@@ -89,6 +121,11 @@ class Stage(Protocol):
         self, checkpoint: Checkpoint, config: Any, workspace: Workspace
     ) -> tuple[Checkpoint, StageReport]:
         """Write a complete checkpoint into ``workspace.directory`` and report on it."""
+
+
+def total_nbytes(checkpoint: CheckpointView) -> int:
+    """The size of all tensors, decoded."""
+    return sum(info.nbytes for info in checkpoint.tensor_infos().values())
 
 
 _STAGES: dict[str, Stage] = {}

@@ -15,6 +15,7 @@ from compress.checkpoint import (
     Digest,
     NewTensor,
     TensorInfo,
+    dense_config,
     names_sha256,
     rewrite,
 )
@@ -22,6 +23,7 @@ from compress.errors import BadInput, Corrupt
 from compress.progress import SILENT, Progress
 from compress.stages.base import (
     Calibration,
+    CheckpointView,
     Estimate,
     StageConfig,
     StageReport,
@@ -44,7 +46,7 @@ class EncodeWeights:
 
     def plan(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: CheckpointView,
         config: EncodeWeightsConfig,
         calibration: Calibration,
         exact: bool = True,
@@ -105,10 +107,12 @@ class EncodeWeights:
 def quantization_config(infos: Collection[TensorInfo]) -> dict[str, Any]:
     """What ``config.json`` says of a coded checkpoint with these tensors.
 
-    ``dtype`` is for models whose config names none: transformers would look at the stored bytes.
+    ``dtype`` is for models whose config names none: transformers would look at the stored bytes. It
+    takes the first floating-point dtype of the first shard, by name, and so does this.
     """
-    floats = (FLOATS[info.dtype] for info in infos if info.dtype in FLOATS)
     names = [info.name for info in infos]
+    first = sorted((info.file, info.name, info.dtype) for info in infos)
+    floats = (FLOATS[dtype] for _, _, dtype in first if dtype in FLOATS)
     return {
         "quant_method": QUANT_METHOD,
         "format_version": codec.FORMAT_VERSION,
@@ -146,7 +150,9 @@ def decode(coded: Checkpoint, directory: Path, progress: Progress = SILENT) -> C
     """
     if not coded.coded:
         raise BadInput("is not compressed by entropress", where=coded.path)
-    expected = coded.manifest["tensors"] if coded.manifest else {}
+    if coded.manifest is None:
+        raise Corrupt("has no manifest, so it was never finished", where=coded.path)
+    expected = coded.manifest["tensors"]
 
     def plain(info: TensorInfo) -> Iterator[NewTensor]:
         chunks = Digest(coded.chunks(info.name))
@@ -154,18 +160,16 @@ def decode(coded: Checkpoint, directory: Path, progress: Progress = SILENT) -> C
 
     def check(info: TensorInfo, chunks: Digest) -> dict[str, Any]:
         record = _record(info, chunks)
-        if expected and expected.get(info.name, {}).get("sha256") != record["sha256"]:
+        if expected.get(info.name, {}).get("sha256") != record["sha256"]:
             raise Corrupt("has another sha256 than the manifest", where=f"{info.file}: {info.name}")
         return record
 
-    config = {key: value for key, value in coded.config.items() if key != "quantization_config"}
-    metadata = {"format": "pt"}
     dense, _ = rewrite(
         coded,
         directory,
         plain,
-        config=config,
-        metadata=metadata,
+        config=dense_config(coded.config),
+        metadata={"format": "pt"},
         progress=progress,
         label="decoding",
     )
@@ -176,12 +180,12 @@ def _record(info: TensorInfo, digest: Digest) -> dict[str, Any]:
     return {"dtype": info.dtype, "shape": list(info.shape), "sha256": digest.hexdigest()}
 
 
-def _refuse_coded(checkpoint: Checkpoint) -> None:
+def _refuse_coded(checkpoint: CheckpointView) -> None:
     if checkpoint.coded:
         raise BadInput(
             "already compressed by entropress", where=checkpoint.path, mend="decompress it first"
         )
-    if quantized := checkpoint.config.get("quantization_config"):
+    if quantized := dense_config(checkpoint.config).get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise BadInput(
             f"already quantized by {method}, which encode_weights cannot take in yet",

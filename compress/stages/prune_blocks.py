@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, dense_config
 from compress.errors import BadInput
 from compress.progress import Progress
 from compress.prune import (
@@ -20,25 +20,28 @@ from compress.prune import (
     model_config,
     output_without,
     remove_blocks,
+    stale_patterns,
 )
-from compress.prune.settings import stale_patterns
 from compress.signals import (
     SCORERS,
     BlockTable,
     check_length,
     collect,
     load_float32,
+    load_text,
     protected_blocks,
     summarize,
+    windows,
 )
-from compress.signals.text import load, windows
 from compress.stages.base import (
     Calibration,
+    CheckpointView,
     Estimate,
     StageConfig,
     StageReport,
     Workspace,
     register,
+    total_nbytes,
 )
 
 
@@ -60,7 +63,7 @@ class PruneBlocks:
 
     def plan(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: CheckpointView,
         config: PruneBlocksConfig,
         calibration: Calibration,
         exact: bool = True,
@@ -70,12 +73,12 @@ class PruneBlocks:
         Raises `BadInput` where so many blocks cannot go, the model or its config is not one that
         blocks can be removed from, or the calibration text is not there.
         """
-        if not checkpoint.coded and "quantization_config" in checkpoint.config:
+        if "quantization_config" in dense_config(checkpoint.config):
             raise BadInput("prune before quantizing", where=checkpoint.path)
         blocks = block_count(checkpoint.config)
         check_drop(blocks, config.drop, config.protect)
         check_length(model_config(checkpoint.config), calibration.length)
-        load(calibration.data)
+        load_text(calibration.data)
         infos = checkpoint.tensor_infos()
         stack = find_stack(infos, blocks)
         kept = protected_blocks(blocks, config.protect)
@@ -127,15 +130,14 @@ def _metrics(
     removed: list[int],
 ) -> dict[str, Any]:
     """All scorers' findings, and which blocks each would have removed."""
-    sizes = [sum(info.nbytes for info in side.tensor_infos().values()) for side in (before, after)]
     return {
         **summarize(table, protected_blocks(table.blocks, config.protect)),
         "removed": removed,
         "would_remove": {
             scorer: choose(table, scorer, config.drop, config.protect) for scorer in SCORERS
         },
-        "bytes_in": sizes[0],
-        "bytes_out": sizes[1],
+        "bytes_in": total_nbytes(before),
+        "bytes_out": total_nbytes(after),
     }
 
 

@@ -1,11 +1,9 @@
-"""Small model directories made with the official safetensors library, and sudden death."""
+"""Small model directories made with the official safetensors library."""
 
 from __future__ import annotations
 
 import json
-import os
 import struct
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -91,45 +89,3 @@ def write_raw() -> Callable[..., None]:
         path.write_bytes(struct.pack("<Q", length) + raw + data)
 
     return write
-
-
-@pytest.fixture
-def die_at() -> Callable[[Callable[[], object], int], bool]:
-    """Run something in a forked process that dies, as by kill -9, at its n-th touch of a file.
-
-    Returns whether it died; False means it had ended before.
-    """
-    touches = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
-
-    def run(work: Callable[[], object], n: int) -> bool:
-        if (child := os.fork()) == 0:
-            left = n
-
-            def count(event: str, args: object) -> None:
-                nonlocal left
-                left -= event in touches
-                if left < 0:
-                    os._exit(137)
-
-            sys.addaudithook(count)
-            try:
-                work()
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert status in (0, 137)
-        return status == 137
-
-    return run
-
-
-@pytest.fixture
-def contents() -> Callable[[Path], dict[str, bytes]]:
-    """Every file below a directory, by relative path."""
-
-    def read(directory: Path) -> dict[str, bytes]:
-        files = (path for path in directory.rglob("*") if path.is_file())
-        return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
-
-    return read

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from compress import pipeline
+from compress import checkpoint as room
+from compress import pipeline, recipe
 from compress.checkpoint import MANIFEST
 from compress.errors import BadInput
-from compress.evaluate.verify import verify
+from compress.evaluate import verify
 
 QUICK = ["calibration.sequences=2", "calibration.length=64"]
 
@@ -33,7 +35,7 @@ def test_a_sound_checkpoint_has_no_faults(coded: Path, tiny_llama_sharded: Path)
     assert report.kind == "lossless"
     assert report.tensors > 30
     assert report.against == "sharded"
-    assert report.dropped == report.changed == []
+    assert report.dropped == report.not_compared == []
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -53,10 +55,8 @@ def test_every_flipped_bit_is_found_and_its_file_named(copy: Path, seed: int) ->
 
 
 def test_a_flipped_bit_in_a_tensor_names_the_tensor(copy: Path) -> None:
-    from compress import checkpoint
-
     name = "model.layers.1.mlp.up_proj.weight"
-    file, offset, nbytes = checkpoint.open(copy).stored(name)
+    file, offset, nbytes = room.open(copy).stored(name)
     data = bytearray((copy / file).read_bytes())
     data[offset + nbytes // 2] ^= 4
     (copy / file).write_bytes(data)
@@ -129,12 +129,71 @@ def test_dropped_blocks_are_listed_and_the_rest_is_compared(
     assert len({name.split(".")[2] for name in report.dropped}) == 1
 
 
-def test_a_cast_is_reported_as_a_change(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_tensor_is_missing_only_if_a_stage_removed_it(tiny_llama: Path, tmp_path: Path) -> None:
+    overrides = ["stages.prune_blocks.drop=1", *QUICK]
+    pipeline.run("entropy_prune.yaml", tiny_llama, tmp_path / "out", overrides=overrides)
+    manifest = room.read_manifest(tmp_path / "out")
+    removed = manifest["stages"][0]["removed"]
+    kept, first = removed[1:], removed[0]
+    for claimed, fault in (
+        (kept, f"{first}: in the original but not here"),
+        ([*removed, "lm_head.weight"], "lm_head.weight: the manifest says it was removed, .* here"),
+        ([*removed, "no.such"], "no.such: the manifest says it was removed, .* never was"),
+    ):
+        manifest["stages"][0]["removed"] = claimed
+        room.write_manifest(tmp_path / "out", manifest)
+        [found] = verify(tmp_path / "out", tiny_llama).faults
+        assert re.match(fault, found)
+    manifest["stages"] = [None, {"removed": 3}, {"removed": removed}]
+    room.write_manifest(tmp_path / "out", manifest)
+    assert verify(tmp_path / "out", tiny_llama).ok
+
+
+def test_what_a_second_removal_took_goes_by_its_first_name(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    first = {"drop": 1, "protect": [1, 2, 3, 4, 5]}
+    twice = [{"prune_blocks": first}, {"prune_blocks": {"drop": 2}}]
+    chosen = recipe.parse({"version": 1, "stages": twice}, QUICK)
+    pipeline.run(chosen, tiny_llama, tmp_path / "out")
+    report = verify(tmp_path / "out", tiny_llama)
+    assert report.faults == []
+    assert len(report.dropped) == 27
+
+
+def test_a_quantized_original_is_told_apart(
+    coded: Path, tiny_llama_sharded: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_llama_sharded, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    assert verify(coded, tmp_path / "other").faults == ["config.json: differs from the original's"]
+
+
+def test_a_coded_original_is_as_good_as_a_dense_one(coded: Path, copy: Path) -> None:
+    assert verify(coded, copy).ok
+
+
+def test_another_shape_is_a_fault_whatever_the_dtype(tmp_path: Path, tiny_llama: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    pipeline.run("lossless.yaml", tiny_llama, tmp_path / "out", overrides=["model.dtype=float16"])
+    other = Path(shutil.copytree(tiny_llama, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][None].clone()
+    save_file(tensors, other / "model.safetensors")
+    report = verify(tmp_path / "out", other)
+    assert report.faults == ["model.norm.weight: differs from the original's model.norm.weight"]
+    assert "model.norm.weight" not in report.not_compared
+
+
+def test_what_was_cast_is_not_compared(tiny_llama: Path, tmp_path: Path) -> None:
     overrides = ["model.dtype=float16"]
     pipeline.run("lossless.yaml", tiny_llama, tmp_path / "out", overrides=overrides)
     report = verify(tmp_path / "out", tiny_llama)
     assert report.ok
-    assert len(report.changed) == report.tensors
+    assert len(report.not_compared) == report.tensors
 
 
 def test_a_path_that_is_no_directory(tmp_path: Path) -> None:

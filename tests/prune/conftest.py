@@ -43,6 +43,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 8,
         "head_dim": 8,
     },
+    "lfm2_moe": {
+        **MOE,
+        "num_dense_layers": 3,
+        "layer_types": ["conv", "full_attention"] * (BLOCKS // 2),
+    },
+    "afmoe": {**MOE, **SLIDING, "num_dense_layers": 3},
     "deepseek_v3": {
         "moe_intermediate_size": 24,
         "n_routed_experts": 4,

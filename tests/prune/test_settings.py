@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from compress.errors import BadInput
-from compress.prune import block_count, cut_config
-from compress.prune.settings import stale_patterns
+from compress.prune import block_count, cut_config, stale_patterns
 
 KEEP = [0, 2, 3, 5]
 
@@ -60,11 +59,17 @@ def test_a_sparse_step_becomes_a_list() -> None:
     assert (cut["decoder_sparse_step"], cut["mlp_only_layers"]) == (1, [0, 1, 2])
 
 
-def test_leading_dense_blocks_are_counted() -> None:
-    assert (
-        cut_config(config("deepseek_v3", first_k_dense_replace=3), KEEP)["first_k_dense_replace"]
-        == 2
-    )
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("deepseek_v3", "first_k_dense_replace"),
+        ("lfm2_moe", "num_dense_layers"),
+        ("afmoe", "num_dense_layers"),
+    ],
+)
+def test_leading_dense_blocks_are_counted(kind: str, name: str) -> None:
+    types = {} if kind != "lfm2_moe" else {"layer_types": ["conv", "full_attention"] * 3}
+    assert cut_config(config(kind, **types, **{name: 3}), KEEP)[name] == 2
 
 
 def test_settings_by_block_move_with_it() -> None:
@@ -105,6 +110,10 @@ def test_infinities_are_read_as_transformers_spells_them() -> None:
         (config("llama", num_kv_shared_layers=2), "num_kv_shared_layers 2"),
         (config("llama", hidden_size_per_layer_input=8), "hidden_size_per_layer_input 8"),
         (config("jamba", attn_layer_period=5), "attn_layer_period 5"),
+        (config("ernie4_5_moe"), "moe_layer_start_index 1"),
+        (config("ernie4_5_moe", moe_layer_start_index=0), "moe_layer_end_index 5"),
+        (config("mllama_text_model", cross_attention_layers=[1, 4]), "cross_attention_layers"),
+        (config("recurrent_gemma"), "block_types"),
         ({"model_type": "t5"}, "is_encoder_decoder"),
         ({"model_type": "gpt_neo", "num_layers": 6, "attention_types": [[["global"], 6]]}, "att"),
     ],
@@ -112,6 +121,26 @@ def test_infinities_are_read_as_transformers_spells_them() -> None:
 def test_what_is_not_known_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(BadInput, match=f"blocks cannot be removed: .*{named}"):
         cut_config(fields, KEEP)
+
+
+PALIGEMMA = {"model_type": "paligemma", "text_config": config("gemma")}
+THINKER = {"model_type": "qwen2_5_omni_thinker", "text_config": config("qwen2_5_omni_text")}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "colpali", "vlm_config": PALIGEMMA},
+        {"model_type": "colqwen2", "vlm_config": {"model_type": "qwen2_vl"}},
+        {"model_type": "qwen2_5_omni", "thinker_config": THINKER},
+        {"model_type": "longcat_flash", "num_layers": 6},
+    ],
+    ids=lambda fields: fields["model_type"],
+)
+def test_a_count_that_would_not_follow_is_refused(fields: dict[str, Any]) -> None:
+    keep = range(block_count(fields) - 1)
+    with pytest.raises(BadInput, match=f"{fields['model_type']}: .*number in an unknown place"):
+        cut_config(fields, keep)
 
 
 def test_lists_that_only_happen_to_be_as_long_are_no_reason() -> None:

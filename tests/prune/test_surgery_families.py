@@ -30,6 +30,8 @@ FAMILIES = (
     "smollm3",
     "llama4_text",
     "deepseek_v3",
+    "lfm2_moe",
+    "afmoe",
 )
 REMOVED = (1, 4)
 

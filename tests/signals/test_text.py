@@ -40,7 +40,7 @@ def shingles(documents: list[str], size: int) -> set[tuple[str, ...]]:
 
 
 def test_the_builtin_splits_share_no_passage() -> None:
-    calibration, heldout = map(text.load, SPLITS)
+    calibration, heldout = map(text.load_text, SPLITS)
     paragraphs = [
         {" ".join(p.split()) for document in split for p in document.split("\n\n")}
         for split in (calibration, heldout)
@@ -51,18 +51,18 @@ def test_the_builtin_splits_share_no_passage() -> None:
 
 
 def test_the_builtin_text_is_split_seventy_to_thirty_and_is_never_repeated() -> None:
-    calibration, heldout = (sum(map(len, text.load(split))) for split in SPLITS)
+    calibration, heldout = (sum(map(len, text.load_text(split))) for split in SPLITS)
     assert calibration + heldout > 250_000
     assert 0.25 < heldout / (calibration + heldout) < 0.35
     for split in SPLITS:
-        documents = text.load(split)
+        documents = text.load_text(split)
         assert len(documents) == len(set(documents))
-        assert text.load(split) == documents
+        assert text.load_text(split) == documents
 
 
 def test_an_unknown_split_gets_a_hint() -> None:
     with pytest.raises(BadInput, match="did you mean 'builtin:calibration'"):
-        text.load("builtin:calib")
+        text.load_text("builtin:calib")
 
 
 @pytest.mark.parametrize(
@@ -77,13 +77,13 @@ def test_an_unknown_split_gets_a_hint() -> None:
     ],
 )
 def test_jsonl_fields(tmp_path: Path, record: Any, document: str) -> None:
-    assert text.load(write(tmp_path / "a.jsonl", record)) == [document]
+    assert text.load_text(write(tmp_path / "a.jsonl", record)) == [document]
 
 
 def test_jsonl_skips_blank_lines_and_empty_documents(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('\ufeff{"text": "a"}\r\n\n{"text": " "}\n{"text": "b"}', encoding="utf-8")
-    assert text.load(str(path)) == ["a", "b"]
+    assert text.load_text(str(path)) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_bad_jsonl_names_the_line(tmp_path: Path, line: str, message: str) -> No
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n' + line)
     with pytest.raises(BadInput, match=message):
-        text.load(str(path))
+        text.load_text(str(path))
 
 
 @given(st.lists(st.text(string.ascii_letters + " ", min_size=1, max_size=3000), max_size=12))
@@ -112,7 +112,7 @@ def test_txt_blocks_are_the_text_in_order(
     path = tmp_path_factory.mktemp("txt") / "a.TXT"
     path.write_text("\n\n".join(["x", *paragraphs]))
     kept = [paragraph for paragraph in ["x", *paragraphs] if paragraph.strip()]
-    documents = text.load(str(path))
+    documents = text.load_text(str(path))
     assert "\n\n".join(documents).split() == " ".join(kept).split()
     assert all(len(document) < 4000 + 3002 for document in documents)
     assert all(len(document) >= 4000 - 100 for document in documents[:-1])
@@ -134,13 +134,13 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes | None, message: st
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(BadInput, match=message) as caught:
-        text.load(str(path))
+        text.load_text(str(path))
     assert name in str(caught.value)
 
 
 def test_a_directory_is_not_text(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="is a directory"):
-        text.load(str(tmp_path))
+        text.load_text(str(tmp_path))
 
 
 @pytest.fixture

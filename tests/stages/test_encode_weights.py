@@ -81,3 +81,15 @@ def test_decoding_checks_the_manifest(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(Corrupt, match=rf"{name}: has another sha256"):
         encode_weights.decode(checkpoint.open(coded.path), tmp_path / "dense")
     assert not (tmp_path / "dense" / "model.safetensors").exists()
+
+
+def test_the_announced_dtype_is_the_one_transformers_would_find(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    # The writer of safetensors puts wider dtypes first; transformers goes by name.
+    tensors = {"b": torch.zeros(3), "a": torch.zeros(3).half(), "A": torch.arange(3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    infos = checkpoint.open(tmp_path).tensor_infos().values()
+    assert encode_weights.quantization_config(infos)["dtype"] == "float16"

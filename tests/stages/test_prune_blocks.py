@@ -144,6 +144,15 @@ def test_what_cannot_be_is_found_when_planning(
         STAGE.plan(room.open(tiny_llama), config(**options), TEXT.model_copy(update=text))
 
 
+def test_a_null_quantization_config_is_none(
+    make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_llama(tmp_path) / "config.json"
+    plain = STAGE.plan(room.open(tmp_path), config(), TEXT)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": None}))
+    assert STAGE.plan(room.open(tmp_path), config(), TEXT) == plain
+
+
 def test_models_that_cannot_be_pruned_are_found_when_planning(
     make_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
