@@ -1,6 +1,7 @@
 // Code lengths, canonical codes and the multi-symbol decoding table.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "codec.h"
@@ -10,15 +11,24 @@ namespace ep {
 constexpr int kBits = EP_MAX_CODE_BITS, kTable = 1 << kBits;
 constexpr int kMaxSymbols = 6;  // of one decoding step: what fits in an entry beside its two counters
 
-// 256 * log2(x), floored: FORMAT.md, canonical encoder, rule 3.
+// 256 * log2(x), floored: FORMAT.md, canonical encoder, rule 3. The eight squarings depend only on the 16 bits after the
+// leading one, so they are done once for each.
 inline uint32_t log2_fixed(uint64_t x) {
-  int k = 63 - __builtin_clzll(x);
-  uint64_t y = (x << 16) >> k, r = k;
-  for (int i = 0; i < 8; i++) {
-    y = (y * y) >> 16, r *= 2;
-    if (y >= 131072) y >>= 1, r++;
-  }
-  return (uint32_t)r;
+  static const auto* const fraction = [] {
+    auto* table = new std::array<uint8_t, 65536>;
+    for (uint64_t i = 0; i < 65536; i++) {
+      uint64_t y = 65536 + i;
+      uint32_t r = 0;
+      for (int step = 0; step < 8; step++) {
+        y = (y * y) >> 16, r *= 2;
+        if (y >= 131072) y >>= 1, r++;
+      }
+      (*table)[i] = (uint8_t)r;
+    }
+    return table;
+  }();
+  const int k = 63 - __builtin_clzll(x);
+  return (uint32_t)k << 8 | (*fraction)[((x << 16) >> k) & 65535];
 }
 
 // Optimal lengths of at most kBits by package-merge (Larmore and Hirschberg, 1990). Because leaves are taken in sorted
