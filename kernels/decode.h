@@ -139,7 +139,7 @@ int64_t decode(const uint8_t* src, uint64_t size, uint64_t words, int width, int
 
   // A thread that goes on within a segment keeps its tables, so units may be small; few blocks are shared out evenly.
   const uint64_t blocks = (words + block_words - 1) / block_words;
-  const uint64_t unit = std::clamp<uint64_t>(blocks / (2 * (uint64_t)threads), 1, std::max<uint64_t>(EP_GROUP_BLOCKS, blocks >> 12));
+  const uint64_t unit = std::clamp<uint64_t>(blocks / (2 * (uint64_t)threads), 1, EP_GROUP_BLOCKS);
   std::vector<Unit> units;
   for (size_t i = 0; i < heads.size(); i++)
     for (uint64_t b = 0; b < heads[i].n_blocks; b += unit) units.push_back({i, b, std::min(b + unit, heads[i].n_blocks)});
@@ -166,9 +166,9 @@ int64_t decode(const uint8_t* src, uint64_t size, uint64_t words, int width, int
       for (uint64_t b = units[u].first; b < units[u].last; b++) {
         const uint64_t at = (head.first_word + b * block_words) * width;
         uint8_t* out = expected ? w.check.data() : dst + at;
-        const size_t n = s.words_in(b);
         if (int64_t error = decode_checked(f, s, w, b, out)) return failure.report(error, current, b);
-        if (expected && std::memcmp(out, expected + at, n * width)) return failure.report(EP_SELF_CHECK, current, b);
+        if (expected && std::memcmp(out, expected + at, s.words_in(b) * width))
+          return failure.report(EP_SELF_CHECK, current, b);
       }
     }
   });

@@ -109,11 +109,10 @@ class Encoder {
 
   int64_t encode(uint8_t* dst, uint64_t capacity, int64_t where[2]) {
     // Slots of sufficient size, so that blocks can be coded in any order; closed up afterwards.
-    std::vector<uint64_t> slot(blocks_ + 1), used(blocks_);
+    std::vector<uint64_t> slot(blocks_), used(blocks_);
     uint64_t at = 0;
     for (auto& s : segments_) at += s.meta_bytes;
     for (uint64_t b = 0; b < blocks_; b++) slot[b] = at, at += most_bytes(b);
-    slot[blocks_] = at;
     if (at + EP_TAIL > capacity) return EP_CAPACITY;
     std::vector<uint8_t> directory(blocks_ * kEntry);
 
@@ -147,7 +146,8 @@ class Encoder {
       }
     }
     // The proof is about the bytes that leave: they are parsed and decoded as any reader would.
-    if (decode(dst, to - dst, words_, width_, rotate_, EP_BLOCK_LOG2, nullptr, src_, threads_, where)) return EP_SELF_CHECK;
+    if (decode(dst, to - dst, words_, width_, rotate_, EP_BLOCK_LOG2, nullptr, src_, threads_, where))
+      return EP_SELF_CHECK;
     return to - dst;
   }
 
