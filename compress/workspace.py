@@ -189,8 +189,8 @@ def open_workspace(output: Path, *, overwrite: bool) -> Iterator[RunDirectory]:
     """Make or take over the workspace of ``output``, for one process at a time.
 
     ``overwrite`` starts afresh. Otherwise what an interrupted run left is taken over, with the
-    permission it had. An exception leaves what `--resume` can use, or nothing. Raises `BadInput` when
-    another process is at work on the same output, `Missing` when the place cannot be written.
+    permission it had. An exception leaves what `--resume` can use, or nothing. Raises `BadInput`
+    when another process is at work on the same output, `Missing` when the place cannot be written.
     """
     path = workspace_path(output)
     lock = _lock(path, output)
