@@ -229,7 +229,8 @@ def inspect(path: str, entropy: bool, revision: str | None, as_json: bool) -> No
         console.say()
     if found.manifest:
         source = found.manifest["source"]
-        console.say(f"{found.manifest['class']}, made from {source['id']} ({source['revision']})")
+        revision = f" ({source['revision']})" if source["revision"] else ""
+        console.say(f"{found.manifest['class']}, made from {source['id']}{revision}")
         for report in found.manifest["stages"]:
             console.say(f"{report['stage']}: {report['summary']}")
     console.say(f"{size(found.file_nbytes)} in all files")

@@ -31,7 +31,7 @@ class Calibration(StageConfig):
     """
 
     data: str = "builtin:calibration"
-    sequences: int = Field(default=128, ge=1)
+    sequences: int = Field(default=32, ge=1)
     length: int = Field(default=512, ge=8)
     seed: int = 0
 
