@@ -11,10 +11,8 @@ import random
 from collections.abc import Collection
 from typing import Any
 
-import torch
-
 from compress import checkpoint
-from compress.evaluate import perplexity
+from compress.evaluate import Documents, losses, perplexity
 from compress.prune import choose
 from compress.signals import (
     SCORERS,
@@ -26,12 +24,12 @@ from compress.signals import (
 )
 
 
-def without(model: Any, removed: Collection[int], tokens: torch.Tensor) -> float:
+def without(model: Any, removed: Collection[int], heldout: Documents) -> float:
     """Perplexity with the blocks ``removed`` passing on what they are given."""
     blocks = find_blocks(model)
     hooks = [blocks[i].register_forward_hook(lambda _, args, out: args[0]) for i in removed]
     try:
-        return perplexity(model, tokens)
+        return perplexity(losses(model, heldout))
     finally:
         for hook in hooks:
             hook.remove()
@@ -49,11 +47,12 @@ def main() -> None:
     opened = checkpoint.open(checkpoint.resolve(options.model))
     tokenizer, model = opened.tokenizer(), load_float32(opened)
     calibration = windows("builtin:calibration", tokenizer, *options.calibration, seed=0)
-    heldout = windows("builtin:heldout", tokenizer, *options.heldout, seed=0)
+    text = list(windows("builtin:heldout", tokenizer, *options.heldout, seed=0))
+    heldout = Documents(text, list(range(len(text))), len(text))
     table = collect(model, calibration)
     free = sorted(set(range(table.blocks)) - set(protected_blocks(table.blocks, None)))
     chance = random.Random(0)
-    print(f"{options.model}: perplexity {perplexity(model, heldout):.2f} with all blocks\n")
+    print(f"{options.model}: perplexity {perplexity(losses(model, heldout)):.2f} with all blocks\n")
     print("| scorer | drop | blocks | perplexity |\n|---|---|---|---|")
     for drop in options.drop:
         choices = [(scorer, choose(table, scorer, drop)) for scorer in SCORERS]

@@ -14,7 +14,16 @@ from compress.checkpoint.atomic import (
 from compress.checkpoint.checkpoint import Checkpoint, TensorInfo, open
 from compress.checkpoint.consistency import QUANT_METHOD, dense_config, names_sha256
 from compress.checkpoint.json_io import dump_json, load_json, load_object
-from compress.checkpoint.layout import CONFIG, INDEX, MANIFEST, SINGLE
+from compress.checkpoint.layout import (
+    CARD,
+    CONFIG,
+    INDEX,
+    MANIFEST,
+    REPORT,
+    REPORT_FOLDER,
+    SINGLE,
+    is_document,
+)
 from compress.checkpoint.loading import FLOATS
 from compress.checkpoint.manifest import check_files, hash_files, read_manifest, write_manifest
 from compress.checkpoint.rewrite import rewrite
@@ -22,11 +31,14 @@ from compress.checkpoint.safetensors_writer import Digest, NewTensor, write_shar
 from compress.checkpoint.source import Source, resolve
 
 __all__ = [
+    "CARD",
     "CONFIG",
     "FLOATS",
     "INDEX",
     "MANIFEST",
     "QUANT_METHOD",
+    "REPORT",
+    "REPORT_FOLDER",
     "SINGLE",
     "Checkpoint",
     "Digest",
@@ -40,6 +52,7 @@ __all__ = [
     "dump_json",
     "fsync_dir",
     "hash_files",
+    "is_document",
     "load_json",
     "load_object",
     "names_sha256",

@@ -14,6 +14,9 @@ CONFIG = "config.json"
 MANIFEST = "entropress.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CARD = "README.md"
+REPORT = "report.html"
+REPORT_FOLDER = "report"
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -74,16 +77,27 @@ def regular_files(directory: Path) -> Iterator[tuple[str, bool]]:
             )
 
 
+def is_document(path: str) -> bool:
+    """Whether a relative path is for people: the model card or part of a report.
+
+    Nothing loads such a file and everybody edits it, so no manifest vouches for it.
+    """
+    return path in (CARD, REPORT) or path.startswith(f"{REPORT_FOLDER}/")
+
+
 def find_sidecars(directory: Path) -> list[str]:
     """Files a model needs beside its weights: tokenizer, templates, code, cards, licence.
 
     Left out: config, manifest, shards and indices, weights in any format, hidden files, links that
-    leave the directory, and folders of exports or training runs.
+    leave the directory, reports of an earlier run, and folders of exports or training runs.
     """
     return [
         path
         for path, regular in regular_files(directory)
-        if regular and path not in (CONFIG, MANIFEST) and not _is_left_out(path)
+        if regular
+        and path not in (CONFIG, MANIFEST)
+        and (path == CARD or not is_document(path))
+        and not _is_left_out(path)
     ]
 
 

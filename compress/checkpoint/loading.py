@@ -56,16 +56,21 @@ def torch_layout(
 def load_model(directory: Path, config: dict[str, Any], dtype: Any, device: Any) -> Any:
     """The model that ``config['architectures']`` names, else the base model, in eval mode.
 
-    ``dtype``: a torch dtype, or "auto" for the stored one. Raises `Corrupt` when weights are
-    missing, left over or of a wrong shape (tied weights need not be stored), `BadInput` when
-    transformers does not know the architecture.
+    ``dtype``: a torch dtype or its name, or "auto" for the stored one. ``device``: a torch device,
+    or "auto" for all CUDA devices as accelerate fills them, or the CPU where there are none. Raises
+    `Corrupt` when weights are missing, left over or of a wrong shape (tied weights need not be
+    stored), `BadInput` when transformers does not know the architecture.
     """
+    import torch
+
+    spread = device == "auto" and torch.cuda.is_available()
     try:
         model, info = _model_class(config).from_pretrained(
             directory,
             dtype=dtype,
             local_files_only=True,
             output_loading_info=True,
+            device_map="auto" if spread else None,
             ignore_mismatched_sizes=True,  # to report them below rather than by a traceback
         )
     except (OSError, ValueError) as error:
@@ -77,7 +82,9 @@ def load_model(directory: Path, config: dict[str, Any], dtype: Any, device: Any)
                 where=directory,
                 got=names[0],
             )
-    return model.to(device).eval()
+    if not spread:
+        model = model.to("cpu" if device == "auto" else device)
+    return model.eval()
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from compress import codec
 from compress.checkpoint.atomic import write_atomic
 from compress.checkpoint.json_io import dump_json, load_object
-from compress.checkpoint.layout import MANIFEST, regular_files
+from compress.checkpoint.layout import MANIFEST, is_document, regular_files
 from compress.errors import BadInput, Corrupt
 from compress.progress import SILENT, Progress
 
@@ -88,11 +88,13 @@ def newer_reader_needed(path: Path, needed: int) -> BadInput:
 
 
 def hash_files(directory: Path, progress: Progress = SILENT) -> dict[str, dict[str, Any]]:
-    """``bytes`` and ``sha256`` of every file below a directory but the manifest, by relative path.
+    """``bytes`` and ``sha256`` of every file below a directory, by relative path.
 
-    Raises `Corrupt` for a link that leaves the directory or anything that is no regular file.
+    Left out are the manifest, and the model card and report (`is_document`). Raises `Corrupt` for a
+    link that leaves the directory or anything that is no regular file.
     """
-    files = [item for item in regular_files(directory) if item[0] != MANIFEST]
+    every = regular_files(directory)
+    files = [item for item in every if item[0] != MANIFEST and not is_document(item[0])]
     for path, regular in files:
         if not regular:
             raise Corrupt("not a regular file of the directory", where=directory / path)
@@ -117,7 +119,8 @@ def check_files(
     directory: Path, manifest: Mapping[str, Any], progress: Progress = SILENT
 ) -> list[str]:
     """What differs between a directory and its manifest, one line a file; empty when nothing."""
-    found, listed = hash_files(directory, progress), manifest["files"]
+    found = hash_files(directory, progress)
+    listed = {path: entry for path, entry in manifest["files"].items() if not is_document(path)}
     faults = [f"{path}: missing" for path in listed.keys() - found.keys()]
     faults += [f"{path}: not in the manifest" for path in found.keys() - listed.keys()]
     for path in found.keys() & listed.keys():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from compress.codec.api import backend, decode, decode_stream, encode, predict, read_header
 from compress.codec.format import HEADER_MAX, MIN_READER, Header, dtype_bits
 from compress.codec.format import VERSION as FORMAT_VERSION
+from compress.codec.huffman import code_lengths
 
 __all__ = [
     "FORMAT_VERSION",
@@ -16,6 +17,7 @@ __all__ = [
     "MIN_READER",
     "Header",
     "backend",
+    "code_lengths",
     "decode",
     "decode_stream",
     "dtype_bits",

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+from compress.evaluate.bootstrap import Interval, Verdict, bootstrap_interval
+from compress.evaluate.divergence import Divergence, divergence
 from compress.evaluate.doctor import Finding, diagnose
-from compress.evaluate.inspect import Inspection, SizeRow, inspect
-from compress.evaluate.perplexity import perplexity
+from compress.evaluate.documents import Documents, check_same_tokens, read_documents
+from compress.evaluate.harness import EvalOptions, Evaluation, reference_journal, run_tasks, save
+from compress.evaluate.identity import model_identity
+from compress.evaluate.inspect import Inspection, SizeRow, inspect, kind
+from compress.evaluate.likelihood import losses, perplexity, perplexity_ratio
+from compress.evaluate.paired import Comparison, compare, documents_needed
+from compress.evaluate.pairing import TaskComparison, compare_tasks, same_responses
+from compress.evaluate.tasks import load_tasks
 from compress.evaluate.verify import VerifyReport, verify
 
 __all__ = [
+    "Comparison",
+    "Divergence",
+    "Documents",
+    "EvalOptions",
+    "Evaluation",
     "Finding",
     "Inspection",
+    "Interval",
     "SizeRow",
+    "TaskComparison",
+    "Verdict",
     "VerifyReport",
+    "bootstrap_interval",
+    "check_same_tokens",
+    "compare",
+    "compare_tasks",
     "diagnose",
+    "divergence",
+    "documents_needed",
     "inspect",
+    "kind",
+    "load_tasks",
+    "losses",
+    "model_identity",
     "perplexity",
+    "perplexity_ratio",
+    "read_documents",
+    "reference_journal",
+    "run_tasks",
+    "same_responses",
+    "save",
     "verify",
 ]

@@ -14,6 +14,8 @@ from compress.checkpoint import Checkpoint, TensorInfo
 from compress.progress import SILENT, Progress
 from compress.signals import measure_weights
 
+_SHOWN = ("class", "source", "recipe", "versions", "stages", "gates")
+
 
 @dataclass(frozen=True)
 class SizeRow:
@@ -72,7 +74,10 @@ def inspect(
         dtypes=_group(infos, bits, lambda info: info.dtype),
         kinds=_group(infos, bits, lambda info: kind(info.name)),
         manifest=manifest
-        and {key: manifest[key] for key in ("class", "source", "recipe", "versions", "stages")},
+        and {
+            key: manifest[key]
+            for key in ("class", "source", "recipe", "versions", "stages", "gates")
+        },
     )
 
 

@@ -161,7 +161,7 @@ def _removed(manifest: dict[str, Any]) -> set[str]:
 
 def _sidecar_faults(original: Checkpoint, manifest: dict[str, Any]) -> list[str]:
     faults = []
-    for sidecar in original.sidecars():
+    for sidecar in filter(lambda path: not room.is_document(path), original.sidecars()):
         entry = manifest["files"].get(sidecar)
         digest = hashlib.sha256((original.path / sidecar).read_bytes()).hexdigest()
         if entry is None:

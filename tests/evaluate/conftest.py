@@ -1,0 +1,158 @@
+"""lm-eval tasks short enough for tiny models, and a cache of one's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HEAD = """
+task: {name}
+custom_dataset: !function tiny_data.load
+dataset_kwargs: {{count: {count}}}
+test_split: test
+metadata: {{version: 1.0}}
+"""
+CHOICE = """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: ["yes", "no", "maybe"]
+doc_to_target: answer
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+LIKELIHOOD = """
+output_type: loglikelihood
+doc_to_text: "{{question}}"
+doc_to_target: "{{word}}"
+metric_list:
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+ROLLING = """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}} {{word}}"
+metric_list:
+  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
+"""
+GENERATE = """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: word
+repeats: 2
+generation_kwargs: {until: ["."], do_sample: true, temperature: 1.0, max_gen_toks: 4}
+filter_list:
+  - name: first
+    filter: [{function: take_first}]
+  - name: clean
+    filter: [{function: remove_whitespace}, {function: take_first}]
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+GROUP = """
+group: tiny_group
+task: [tiny_choice, tiny_other]
+aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]
+metadata: {version: 1.0}
+"""
+BUNDLE = """
+group: tiny_bundle
+task: [tiny_group, tiny_rolling]
+"""
+LOADER = """
+from datasets import Dataset, DatasetDict
+
+def load(count, **_):
+    docs = [
+        {"question": f"Is {i * i % 97} even? ", "word": ["no", "yes"][i % 2], "answer": i * 7 % 3}
+        for i in range(count)
+    ]
+    return DatasetDict(test=Dataset.from_list(docs))
+"""
+TASKS = {
+    "tiny_choice": (70, CHOICE),
+    "tiny_other": (20, CHOICE),
+    "tiny_likelihood": (70, LIKELIHOOD + "tag: tiny_tag\n"),
+    "tiny_rolling": (20, ROLLING + "tag: tiny_tag\n"),
+    "tiny_generate": (6, GENERATE),
+}
+
+
+def write_task(directory: Path, name: str, body: str, count: int = 20) -> Path:
+    """A task file and the loader that it names."""
+    directory.mkdir(exist_ok=True)
+    (directory / "tiny_data.py").write_text(LOADER)
+    (directory / f"{name}.yaml").write_text(HEAD.format(name=name, count=count) + body)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def make_task() -> Any:
+    return write_task
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory of `TASKS`, group ``tiny_group`` and bundle ``tiny_bundle``. Read-only."""
+    directory = tmp_path_factory.mktemp("tasks")
+    for name, (count, body) in TASKS.items():
+        write_task(directory, name, body, count)
+    (directory / "group.yaml").write_text(GROUP)
+    (directory / "bundle.yaml").write_text(BUNDLE)
+    return str(directory)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ENTROPRESS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval without its survey of the machine, which takes a second."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+class Recorder:
+    """A progress that remembers."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.totals: dict[str, int] = {}
+        self.done: dict[str, int] = {}
+
+    @contextmanager
+    def step(self, label: str, total: int, unit: str = "B") -> Iterator[Any]:
+        self.totals[unit] = self.totals.get(unit, 0) + total
+        recorder = self
+
+        class Step:
+            def advance(self, amount: int) -> None:
+                recorder.done[unit] = recorder.done.get(unit, 0) + amount
+
+        yield Step()
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture(scope="session")
+def without_date() -> Any:
+    """What of an evaluation's results must not differ between two runs."""
+
+    def strip(results: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in copy.deepcopy(results).items() if key != "date"}
+
+    return strip
