@@ -1,4 +1,4 @@
-"""A recipe's stages in order: plan, run, journal, resume, publish."""
+"""A recipe's stages and gates in order: plan, run, journal, resume, check, publish."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from compress import __version__, codec, signals, stages
+from compress import __version__, codec, gates, signals, stages
 from compress import checkpoint as room
 from compress import recipe as recipes
 from compress.checkpoint import Checkpoint, Digest, Source
 from compress.errors import BadInput
+from compress.gates import GateResult, Subject
 from compress.progress import SILENT, Progress
 from compress.recipe import Recipe, StageSpec
 from compress.signals import Measurement
@@ -63,6 +64,12 @@ class Result:
     manifest: dict[str, Any]
     bytes_in: int
     bytes_out: int
+    gates: list[GateResult]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate of the recipe did; True where it has none."""
+        return all(gate.verdict == "passed" for gate in self.gates)
 
 
 def plan(
@@ -79,7 +86,10 @@ def plan(
     cast), otherwise on the model before it, scaled. Raises as `run` does before it writes.
     """
     chosen = recipes.load(recipe, overrides)
-    return _plan(chosen, room.open(room.resolve(str(model), revision, progress)))
+    checkpoint = room.open(room.resolve(str(model), revision, progress))
+    planned = _plan(chosen, checkpoint)
+    gates.plan_gates(chosen.gates, checkpoint)
+    return planned
 
 
 def run(
@@ -99,7 +109,8 @@ def run(
     ``model``: a directory, a hub id, or ``demo:NAME``. ``resume`` continues an interrupted run on
     the same input and recipe, and gives the bytes it would have given; ``overwrite`` starts again
     and replaces an existing checkpoint. Everything is checked and planned before the first byte is
-    written. Raises `BadInput`, `Missing` or `Corrupt`.
+    written. The gates are checked before the outcome gets its name; it gets it whatever they say,
+    and their results stand in its manifest. Raises `BadInput`, `Missing` or `Corrupt`.
     """
     chosen = recipes.load(recipe, overrides)
     output = absolute(output_dir)
@@ -108,6 +119,7 @@ def run(
     checkpoint = room.open(source)
     check_output(output, source.path, resume=resume, overwrite=overwrite)
     planned = _plan(chosen, checkpoint, exact=False)
+    gates.plan_gates(chosen.gates, checkpoint)
     sizes = [stage.nbytes for stage in planned.stages]
     with open_workspace(output, overwrite=overwrite) as directory:
         if directory.published(_keys(chosen, checkpoint)[-1]):
@@ -117,7 +129,8 @@ def run(
             check_room(output.parent, most, directory.path)
             manifest = _run(chosen, checkpoint, directory, threads, progress)
         directory.remove()
-    return Result(output, manifest, planned.bytes_in, _stored_nbytes(room.open(output)))
+    found = [GateResult.model_validate(gate) for gate in manifest["gates"]]
+    return Result(output, manifest, planned.bytes_in, _stored_nbytes(room.open(output)), found)
 
 
 def decompress(
@@ -167,6 +180,8 @@ def measure(
 
 def _plan(recipe: Recipe, checkpoint: Checkpoint, exact: bool = True) -> Plan:
     current: CheckpointView = checkpoint
+    if not recipe.stages:
+        raise BadInput("the recipe has gates but no stage", where=recipe.name, mend="use `eval`")
     before = size = total_nbytes(checkpoint)
     planned = []
     for spec in _specs(recipe):
@@ -203,9 +218,18 @@ def _run(
         if index:
             directory.drop(keys[index - 1])
     directory.sweep(keys[-1])
-    manifest = room.write_manifest(current.path, _manifest(recipe, current, reports, progress))
+    document = _manifest(recipe, current, reports, progress)
+    manifest = room.write_manifest(current.path, document)
+    if recipe.gates:
+        subject = Subject(checkpoint, current, directory.answers(keys[-1]), progress)
+        document["gates"] = _dumped(gates.run_gates(recipe.gates, subject))
+        manifest = room.write_manifest(current.path, document)
     directory.publish(keys[-1])
     return manifest
+
+
+def _dumped(results: Iterable[GateResult]) -> list[dict[str, Any]]:
+    return [result.model_dump(mode="json") for result in results]
 
 
 def _recorded(recipe: Recipe) -> dict[str, Any]:
@@ -213,6 +237,7 @@ def _recorded(recipe: Recipe) -> dict[str, Any]:
     resolved = recipe.resolved()
     if not resolved["calibration"]["data"].startswith("builtin:"):
         resolved["calibration"]["data"] = Path(resolved["calibration"]["data"]).name
+    resolved["gates"] = [{spec.name: gates.recorded(spec.config)} for spec in recipe.gates]
     return resolved
 
 
@@ -264,7 +289,7 @@ def _manifest(
         ],
         "tensors": _tensor_records(outcome, reports, progress),
         "files": room.hash_files(outcome.path, progress),
-        "gates": [],
+        "gates": _dumped(gates.pending(recipe.gates)),
     }
 
 

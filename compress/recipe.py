@@ -1,4 +1,4 @@
-"""Recipes: one YAML file, an ordered list of stages; strict, versioned, overridable by path."""
+"""Recipes: one YAML file of stages and gates; strict, versioned, overridable by path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from compress import stages
+from compress import gates, stages
 from compress.errors import BadInput, did_you_mean
 from compress.paths import data_dir
 from compress.stages import Calibration, StageConfig
@@ -30,7 +30,8 @@ class _Document(StageConfig):
     version: Literal[1]
     model: ModelOptions = ModelOptions()
     calibration: Calibration = Calibration()
-    stages: list[dict[str, Any] | str]
+    stages: tuple[dict[str, Any] | str, ...] = ()
+    gates: tuple[dict[str, Any] | str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,25 @@ class StageSpec:
 
 
 @dataclass(frozen=True)
+class GateSpec:
+    """One claim about the outcome: the name of a registered gate and its checked options."""
+
+    name: str
+    config: StageConfig
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. ``name`` is the file's name without its ending."""
+    """A checked recipe. ``name`` is the file's name without its ending.
+
+    One without stages makes nothing, but its gates can be checked on what exists.
+    """
 
     name: str
     model: ModelOptions
     calibration: Calibration
     stages: tuple[StageSpec, ...]
+    gates: tuple[GateSpec, ...] = ()
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain data with every default written out; parses back to an equal one."""
@@ -57,6 +70,7 @@ class Recipe:
             "model": self.model.model_dump(mode="json"),
             "calibration": self.calibration.model_dump(mode="json"),
             "stages": [{spec.name: spec.config.model_dump(mode="json")} for spec in self.stages],
+            "gates": [{spec.name: spec.config.model_dump(mode="json")} for spec in self.gates],
         }
 
 
@@ -108,37 +122,51 @@ def parse(
         data, location = override(data, assignment)
         lines.pop(location, None)
     document = _validate(_Document, data, (), where, lines)
-    if not document.stages:
+    if not document.stages and not document.gates:
         raise BadInput("a recipe needs a stage", where=at(where, ("stages",), lines))
-    specs = tuple(_stage(entry, i, where, lines) for i, entry in enumerate(document.stages))
+    specs = tuple(
+        StageSpec(*_entry("stages", entry, i, where, lines))
+        for i, entry in enumerate(document.stages)
+    )
+    claims = tuple(
+        GateSpec(*_entry("gates", entry, i, where, lines)) for i, entry in enumerate(document.gates)
+    )
     for index, spec in enumerate(specs[:-1]):
         if spec.name == "encode_weights":
             raise BadInput(
                 "encode_weights must be the last stage: no stage can read what it writes",
                 where=at(where, ("stages", index), lines),
             )
-    return Recipe(name, document.model, document.calibration, specs)
+    return Recipe(name, document.model, document.calibration, specs, claims)
 
 
-def _stage(entry: dict[str, Any] | str, index: int, where: str, lines: Lines) -> StageSpec:
+def _entry(
+    part: Literal["stages", "gates"],
+    entry: dict[str, Any] | str,
+    index: int,
+    where: str,
+    lines: Lines,
+) -> tuple[str, StageConfig]:
+    """The name and checked options of one item of a recipe's stages or gates."""
+    known, kind = (stages, "stage") if part == "stages" else (gates, "gate")
     entry = entry if isinstance(entry, dict) else {entry: None}
-    spot = at(where, ("stages", index), lines)
+    spot = at(where, (part, index), lines)
     if len(entry) != 1:
         raise BadInput(
-            "a stage is one name with its options",
+            f"a {kind} is one name with its options",
             where=spot,
             got=f"{len(entry)} keys",
             expected="'- name: {options}'",
         )
     [(name, options)] = entry.items()
-    if name not in stages.names():
-        hint = did_you_mean(name, stages.names())
-        raise BadInput(f"unknown stage '{name}'", where=spot, mend=hint)
-    location: Location = ("stages", index, name)
+    if name not in known.names():
+        hint = did_you_mean(name, known.names())
+        raise BadInput(f"unknown {kind} '{name}'", where=spot, mend=hint)
+    location: Location = (part, index, name)
     config = _validate(
-        stages.get(name).Config, {} if options is None else options, location, where, lines
+        known.get(name).Config, {} if options is None else options, location, where, lines
     )
-    return StageSpec(name, config)
+    return name, config
 
 
 def _validate(model: type[Model], data: Any, location: Location, where: str, lines: Lines) -> Model:

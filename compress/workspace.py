@@ -100,6 +100,10 @@ class RunDirectory:
         """The output directory of the stage with that key; made by whoever writes into it."""
         return self.path / key
 
+    def answers(self, key: str) -> Path:
+        """Where the answers of an interrupted evaluation of that stage's output are kept."""
+        return self.path / f"{key}.answers"
+
     def report(self, key: str) -> dict[str, Any]:
         """The report of a stage that is complete."""
         return load_object(self._report(key))
@@ -128,7 +132,8 @@ class RunDirectory:
 
     def keep_only(self, keys: list[str]) -> None:
         """Remove what belongs to another model or recipe."""
-        names = {name for key in keys for name in (key, f"{key}.json")} | {"lock", "run.json"}
+        names = {"lock", "run.json"}
+        names |= {name for key in keys for name in (key, f"{key}.json", self.answers(key).name)}
         for path in self.path.iterdir():
             if path.name in names:
                 continue

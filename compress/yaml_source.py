@@ -10,6 +10,7 @@ from compress.errors import BadInput, did_you_mean
 
 Location = tuple[str | int, ...]
 Lines = dict[Location, int]
+_ITEMS = {"stages": "stage", "gates": "gate"}
 
 
 def read_yaml(text: str, where: str) -> tuple[Any, Lines]:
@@ -63,8 +64,9 @@ def at(where: str, location: Location, lines: Lines) -> str:
 def override(data: dict[str, Any], assignment: str) -> tuple[dict[str, Any], Location]:
     """A copy of a recipe's data with one ``a.b=value`` applied, and the location it set.
 
-    The value is YAML. A stage is addressed by name or position: ``stages.prune_blocks.drop=2``,
-    ``stages.0.drop=2``. Raises `BadInput` for a path that leads nowhere.
+    The value is YAML. A stage or gate is addressed by name or position:
+    ``stages.prune_blocks.drop=2``, ``gates.0.max_ratio=1.2``. Raises `BadInput` for a path that
+    leads nowhere.
     """
     path, equals, text = assignment.partition("=")
     keys = path.split(".")
@@ -75,31 +77,36 @@ def override(data: dict[str, Any], assignment: str) -> tuple[dict[str, Any], Loc
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise BadInput("the value is not valid YAML", where=where) from None
-    location = _stage_location(data, keys, where) if keys[0] == "stages" else tuple(keys)
+    location = _item_location(data, keys, where) if keys[0] in _ITEMS else tuple(keys)
     return _with(data, location, value, where), location
 
 
-def _stage_location(data: dict[str, Any], keys: list[str], where: str) -> Location:
-    stages = data.get("stages")
+def _item_location(data: dict[str, Any], keys: list[str], where: str) -> Location:
+    part, kind = keys[0], _ITEMS[keys[0]]
+    items = data.get(part)
     names = [
         str(next(iter(entry), None) if isinstance(entry, dict) else entry)
-        for entry in (stages if isinstance(stages, list) else [])
+        for entry in (items if isinstance(items, list) else [])
     ]
-    if len(keys) < 3:
-        raise BadInput("names no option", where=where, expected="stages.STAGE.option=value")
-    stage, options = keys[1], keys[2:]
-    if stage.isdecimal() and int(stage) < len(names):
-        index = int(stage)
+    if len(keys) == 1:
+        return (part,)
+    if len(keys) == 2:
+        raise BadInput(
+            "names no option", where=where, expected=f"{part}.{kind.upper()}.option=value"
+        )
+    item, options = keys[1], keys[2:]
+    if item.isdecimal() and int(item) < len(names):
+        index = int(item)
         # Messages spell a place stages.0.NAME.option: what they print can be pasted back.
         options = options[1:] if len(options) > 1 and options[0] == names[index] else options
-    elif names.count(stage) == 1:
-        index = names.index(stage)
-    elif stage in names:
-        raise BadInput(f"'{stage}' stands more than once", where=where, mend="use its position")
+    elif names.count(item) == 1:
+        index = names.index(item)
+    elif item in names:
+        raise BadInput(f"'{item}' stands more than once", where=where, mend="use its position")
     else:
-        hint = did_you_mean(stage, names)
-        raise BadInput(f"the recipe has no stage '{stage}'", where=where, mend=hint)
-    return ("stages", index, names[index], *options)
+        hint = did_you_mean(item, names)
+        raise BadInput(f"the recipe has no {kind} '{item}'", where=where, mend=hint)
+    return (part, index, names[index], *options)
 
 
 def _with(node: Any, location: Location, value: Any, where: str) -> Any:

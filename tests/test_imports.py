@@ -17,13 +17,18 @@ PACKAGE = ROOT / "compress"
 FLOORS = {
     "main": 8,
     "console": 8,
+    "options": 8,
+    "proof_commands": 8,
     "pipeline": 7,
+    "proof": 7,
     "workspace": 7,
     "recipe": 6,
     "yaml_source": 6,
+    "gates": 5,
     "stages": 5,
     "evaluate": 4,
     "prune": 4,
+    "report": 4,
     "hf": 3,
     "signals": 3,
     "checkpoint": 2,
@@ -32,6 +37,7 @@ FLOORS = {
     "errors": 0,
     "paths": 0,
     "progress": 0,
+    "registry": 0,
     "": 0,  # compress itself: the version, and the verbs by name
 }
 

@@ -24,7 +24,7 @@ def write(directory: Path, text: str) -> Path:
 def test_shipped_recipes_are_valid_and_round_trip(name: str) -> None:
     recipe = recipes.load(name)
     assert recipes.parse(recipe.resolved(), name=recipe.name) == recipe
-    assert recipe.stages[-1].name == "encode_weights"
+    assert recipe.gates or recipe.stages[-1].name == "encode_weights"
 
 
 def test_a_name_is_looked_for_here_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_a_home_directory_is_expanded_once(
 
 
 def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
-    with pytest.raises(BadInput, match=r"no such recipe.*entropy_prune\.yaml, lossless\.yaml"):
+    with pytest.raises(BadInput, match=r"no such recipe.*gates\.yaml, lossless\.yaml"):
         recipes.load("lossles.yaml")
 
 

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from compress.checkpoint import Checkpoint, TensorInfo
-from compress.errors import BadInput, did_you_mean
 from compress.progress import SILENT, Progress
+from compress.registry import Registry
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
 class StageConfig(BaseModel):
-    """Base of every stage's options: unknown keys are errors, values never change."""
+    """Base of every stage's and gate's options: unknown keys are errors, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -128,21 +128,5 @@ def total_nbytes(checkpoint: CheckpointView) -> int:
     return sum(info.nbytes for info in checkpoint.tensor_infos().values())
 
 
-_STAGES: dict[str, Stage] = {}
-
-
-def register(stage: type[Stage]) -> type[Stage]:
-    """Class decorator: make a stage known to recipes under its ``name``."""
-    _STAGES[stage.name] = stage()
-    return stage
-
-
-def get(name: str) -> Stage:
-    """The stage of that name; `BadInput` with the nearest name otherwise."""
-    if name not in _STAGES:
-        raise BadInput(f"unknown stage '{name}'", mend=did_you_mean(name, _STAGES))
-    return _STAGES[name]
-
-
-def names() -> list[str]:
-    return sorted(_STAGES)
+_STAGES: Registry[Stage] = Registry("stage")
+register, get, names = _STAGES.register, _STAGES.get, _STAGES.names
