@@ -7,18 +7,23 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
 from compress import __version__
 from compress.console import Cli, Console, progress, size
-from compress.errors import BadInput, CheckFailed, Missing, did_you_mean
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+from compress.errors import BadInput, Missing, did_you_mean
+from compress.options import (
+    junit_option,
+    options,
+    overwrite_option,
+    resume_option,
+    revision_option,
+    verbose_option,
+)
+from compress.proof_commands import end_with_gates, evaluate, report, say_gates, verify
 
 
 def main() -> None:
@@ -34,43 +39,6 @@ def main() -> None:
     cli(prog_name="entropress")
 
 
-def _verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    ctx.meta["verbose"] = ctx.meta.get("verbose", False) or value
-
-
-def verbose_option(command: Command) -> Command:
-    option = click.option(
-        "-v",
-        "--verbose",
-        is_flag=True,
-        expose_value=False,
-        callback=_verbose,
-        help="Show the traceback of an error.",
-    )
-    return option(command)
-
-
-def options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    """Several options, and those that every command has."""
-    common = (click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),)
-
-    def decorate(command: Command) -> Command:
-        for decorator in (verbose_option, *common, *reversed(decorators)):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-revision_option = click.option("--revision", help="Branch, tag or commit of a hub model.")
-resume_option = click.option("--resume", is_flag=True, help="Continue an interrupted run.")
-overwrite_option = click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Replace an existing output, or start an unfinished one again.",
-)
-
-
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="entropress")
 @verbose_option
@@ -82,6 +50,10 @@ def cli() -> None:
     """
 
 
+for command in (verify, evaluate, report):
+    cli.add_command(command)
+
+
 @cli.command()
 @options(
     click.option("--recipe", required=True, help="A YAML file, or the name of a shipped recipe."),
@@ -89,6 +61,7 @@ def cli() -> None:
     click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override."),
     click.option("--dry-run", is_flag=True, help="Say what would be done and the output's size."),
     click.option("--threads", type=click.IntRange(1), help="Default: all cores."),
+    junit_option,
     resume_option,
     overwrite_option,
     revision_option,
@@ -103,12 +76,13 @@ def compress(
     overrides: tuple[str, ...],
     dry_run: bool,
     threads: int | None,
+    junit: str | None,
     resume: bool,
     overwrite: bool,
     revision: str | None,
     as_json: bool,
 ) -> None:
-    """Run a recipe on MODEL and publish the outcome."""
+    """Run a recipe on MODEL, publish the outcome, and exit with 1 if a gate did not pass."""
     from compress import pipeline
     from compress import recipe as recipes
 
@@ -134,10 +108,11 @@ def compress(
             threads=threads,
             progress=bars,
         )
-    for report in result.manifest["stages"]:
-        console.say(f"{report['stage']}: {report['summary']}")
+    for stage in result.manifest["stages"]:
+        console.say(f"{stage['stage']}: {stage['summary']}")
     kind = result.manifest["class"]
     console.say(f"{output}: {change(result.bytes_in, result.bytes_out)}, {kind}")
+    say_gates(console, result.gates)
     console.document(
         {
             "path": output,
@@ -146,8 +121,10 @@ def compress(
             "bytes_out": result.bytes_out,
             "recipe": result.manifest["recipe"],
             "stages": result.manifest["stages"],
+            "gates": result.manifest["gates"],
         }
     )
+    end_with_gates(result.gates, output, junit)
 
 
 @cli.command()
@@ -231,43 +208,12 @@ def inspect(path: str, entropy: bool, revision: str | None, as_json: bool) -> No
         source = found.manifest["source"]
         revision = f" ({source['revision']})" if source["revision"] else ""
         console.say(f"{found.manifest['class']}, made from {source['id']}{revision}")
-        for report in found.manifest["stages"]:
-            console.say(f"{report['stage']}: {report['summary']}")
+        for stage in found.manifest["stages"]:
+            console.say(f"{stage['stage']}: {stage['summary']}")
+        for gate in found.manifest["gates"]:
+            console.say(f"gate {gate['gate']}: {gate['verdict'].upper()}: {gate['summary']}")
     console.say(f"{size(found.file_nbytes)} in all files")
     console.document(asdict(found))
-
-
-@cli.command()
-@options(
-    click.option("--against", metavar="MODEL", help="Also compare with the original."),
-    revision_option,
-)
-@click.argument("path")
-def verify(path: str, against: str | None, revision: str | None, as_json: bool) -> None:
-    """Check every byte of PATH; exit with 1 if one is wrong."""
-    from compress.evaluate.verify import verify as check
-
-    console = Console(as_json)
-    with progress() as bars:
-        report = check(path, against, revision=revision, progress=bars)
-    for fault in report.faults:
-        console.say(fault)
-    for title, names in (
-        (f"removed from {report.against}", report.dropped),
-        ("not compared, since their dtype was changed", report.not_compared),
-    ):
-        if names:
-            console.say(f"{title}: {len(names)} tensors, {names[0]} first")
-    console.document({"ok": report.ok, **asdict(report)})
-    if not report.ok:
-        raise CheckFailed(f"{len(report.faults)} faults, {report.faults[0]} first", where=path)
-    console.say(
-        f"{path}: {report.tensors} tensors ({size(report.nbytes)}) and {report.files} files "
-        "are sound"
-    )
-    if against:
-        equal = report.tensors - len(report.not_compared)
-        console.say(f"{equal} tensors equal those of {report.against} bit for bit")
 
 
 @cli.command()

@@ -1,0 +1,7 @@
+"""A published checkpoint described for people: an HTML page, a model card, plots."""
+
+from __future__ import annotations
+
+from compress.report.write import write_report
+
+__all__ = ["write_report"]
