@@ -14,28 +14,32 @@ _LOGGERS = ("lm_eval", "datasets", "transformers")
 @contextmanager
 def quiet() -> Iterator[None]:
     """No bars, nothing on stdout, logs from errors on; everything as it was afterwards."""
+    from lm_eval import evaluator
+    from tqdm.std import tqdm
+
+    draw = tqdm.__init__
+
+    # tqdm reads its environment variable only once, when it is imported.
+    def draw_nothing(bar: Any, *args: Any, **options: Any) -> None:
+        draw(bar, *args, **{**options, "disable": True})
+
     with ExitStack() as restored:
         restored.enter_context(redirect_stdout(io.StringIO()))
         for name in _LOGGERS:
             logger = logging.getLogger(name)
             restored.callback(logger.setLevel, logger.level)
             logger.setLevel(max(logging.ERROR, logger.level))
-        restored.enter_context(_without_bars())
+        restored.enter_context(_replaced(tqdm, "__init__", draw_nothing))
+        # It would ask git about the working directory, and git complains on stderr.
+        restored.enter_context(_replaced(evaluator, "get_git_commit_hash", lambda: None))
         yield
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """tqdm reads its environment variable only once, when it is imported."""
-    from tqdm.std import tqdm  # type: ignore[import-untyped]
-
-    draw = tqdm.__init__
-
-    def draw_nothing(self: Any, *args: Any, **options: Any) -> None:
-        draw(self, *args, **{**options, "disable": True})
-
-    tqdm.__init__ = draw_nothing
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        tqdm.__init__ = draw
+        setattr(owner, name, before)
