@@ -71,9 +71,13 @@ class Console:
             self.say("  ".join(cells).rstrip())
 
     def document(self, document: Any) -> None:
-        """The one JSON document of a command; nothing without ``--json``."""
+        """The one JSON document of a command; nothing without ``--json``.
+
+        NaN and infinities, which JSON does not have, become null.
+        """
         if self._json:
-            click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+            plain = json.loads(json.dumps(document, default=str), parse_constant=lambda _: None)
+            click.echo(json.dumps(plain, indent=2, ensure_ascii=False))
 
 
 @contextmanager

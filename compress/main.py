@@ -23,7 +23,7 @@ from compress.options import (
     revision_option,
     verbose_option,
 )
-from compress.proof_commands import end_with_gates, evaluate, report, say_gates, verify
+from compress.proof_commands import check_junit, end_with_gates, evaluate, report, say_gates, verify
 
 
 def main() -> None:
@@ -86,6 +86,7 @@ def compress(
     from compress import pipeline
     from compress import recipe as recipes
 
+    check_junit(junit)
     console, chosen = Console(as_json), recipes.load(recipe, overrides)
     output = output_dir or f"{base_name(model)}-{chosen.name}"
     if dry_run:

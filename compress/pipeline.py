@@ -122,7 +122,7 @@ def run(
     gates.plan_gates(chosen.gates, checkpoint)
     sizes = [stage.nbytes for stage in planned.stages]
     with open_workspace(output, overwrite=overwrite) as directory:
-        if directory.published(_keys(chosen, checkpoint)[-1]):
+        if directory.published(_keys(chosen, checkpoint)[-1], _claims(chosen)):
             manifest = room.read_manifest(output)
         else:
             most = max(size + before for size, before in zip(sizes, [0, *sizes], strict=False))
@@ -224,8 +224,13 @@ def _run(
         subject = Subject(checkpoint, current, directory.answers(keys[-1]), progress)
         document["gates"] = _dumped(gates.run_gates(recipe.gates, subject))
         manifest = room.write_manifest(current.path, document)
-    directory.publish(keys[-1])
+    directory.publish(keys[-1], _claims(recipe))
     return manifest
+
+
+def _claims(recipe: Recipe) -> list[Any]:
+    """What the gates of a recipe say, as plain data."""
+    return [[spec.name, spec.config.model_dump(mode="json")] for spec in recipe.gates]
 
 
 def _dumped(results: Iterable[GateResult]) -> list[dict[str, Any]]:

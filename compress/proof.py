@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from compress import checkpoint as room
 from compress import gates
 from compress import recipe as recipes
 from compress.checkpoint import Checkpoint
-from compress.errors import BadInput, EntropressError
+from compress.errors import BadInput, Corrupt
 from compress.evaluate import (
     EvalOptions,
     Evaluation,
+    check_device,
+    check_metric,
     load_tasks,
     model_identity,
     reference_journal,
@@ -75,68 +84,120 @@ def prove(
         raise BadInput("a drop is measured against a baseline", mend="give --baseline and --tasks")
     if not options and not claims:
         raise BadInput("nothing to evaluate", mend="give --tasks, or --recipe with gates")
+    if log_samples and not output:
+        raise BadInput("samples are logged into files", mend="give --output as well")
+    if record and max_drop is None and not claims:
+        raise BadInput("no gate to record", mend="give --max-drop or --recipe")
     if record and checkpoint.manifest is None:
         raise BadInput(
             "only a checkpoint made by entropress has a manifest to record gates in",
             where=checkpoint.path,
         )
+    drop = _drop_gate(options, max_drop, metric, confidence) if options else None
     reference = _reference(checkpoint, baseline, progress) if baseline or claims else None
+    identity = model_identity(checkpoint, progress)
+    if reference and model_identity(reference, progress) == identity:
+        raise BadInput("the baseline is the model itself, bit for bit", where=checkpoint.path)
     if options:
-        load_tasks(options.tasks, options.include_path)
+        check_device(options.device)
+        check_metric(load_tasks(options.tasks, options.include_path), metric)
     if reference:
         gates.plan_gates(claims, reference)
     proof = Proof(checkpoint.path, reference.source.id if reference else None)
-    journal = cache_dir() / "evaluations" / model_identity(checkpoint)
-    if options:
-        after = run_tasks(checkpoint, options, journal, progress=progress)
-        proof = replace(proof, evaluation=after)
-        if output:
-            proof.files.extend(save(after, Path(output), log_samples=log_samples))
-    if options and baseline and reference:
-        before = run_tasks(reference, options, reference_journal(reference), progress=progress)
-        drop = 0.0 if max_drop is None else max_drop
-        config = LmEvalConfig(
-            max_drop=drop, metric=metric, confidence=confidence, **_shared(options)
-        )
-        judged = gates.judge(before, after, config, reference.source.id)
-        proof.comparisons.extend(judged.rows)
-        proof.gates.extend([judged] if max_drop is not None else [])
-    if reference:
-        subject = Subject(reference, checkpoint, journal, progress)
-        proof.gates.extend(gates.run_gates(claims, subject))
+    with _journal(
+        identity, [asdict(options) if options else None, [c.name for c in claims]]
+    ) as kept:
+        after = None
+        if options:
+            try:
+                after = run_tasks(checkpoint, options, kept, progress=progress)
+            except (BadInput, Corrupt) as error:
+                if max_drop is None or reference is None or drop is None:
+                    raise
+                proof.gates.append(gates.failed("lm_eval", drop, reference, str(error)))
+        if after:
+            proof = replace(proof, evaluation=after)
+            if output:
+                proof.files.extend(save(after, Path(output), log_samples=log_samples))
+        if after and options and drop and baseline and reference:
+            kept_answers = reference_journal(reference, progress)
+            before = run_tasks(reference, options, kept_answers, progress=progress)
+            judged = gates.judge(before, after, drop, reference.source.id)
+            if max_drop is not None:
+                proof.gates.append(judged)
+            proof.comparisons.extend(row.model_copy(update={"limit": None}) for row in judged.rows)
+        if reference:
+            subject = Subject(reference, checkpoint, kept, progress)
+            proof.gates.extend(gates.run_gates(claims, subject))
     if record:
         _record(checkpoint, proof.gates)
-    shutil.rmtree(journal, ignore_errors=True)
     return proof
+
+
+def _drop_gate(
+    options: EvalOptions, max_drop: float | None, metric: str | None, confidence: float
+) -> LmEvalConfig:
+    """The gate on the tasks of an evaluation; without ``max_drop`` only its rows are of use."""
+    known = LmEvalConfig.model_fields
+    shared = {name: value for name, value in asdict(options).items() if name in known}
+    try:
+        return LmEvalConfig(
+            max_drop=0 if max_drop is None else max_drop,
+            metric=metric,
+            confidence=confidence,
+            **shared,
+        )
+    except ValidationError as error:
+        [fault, *_] = error.errors()
+        where = ".".join(map(str, fault["loc"])).replace("_", "-")
+        raise BadInput(fault["msg"], where=f"--{where}", got=fault["input"]) from None
 
 
 def _reference(
     checkpoint: Checkpoint, baseline: str | Path | None, progress: Progress
 ) -> Checkpoint:
-    """The model to compare with: as given, else what the manifest says this one was made from."""
+    """The model to compare with: as given, else what the manifest says this one was made from.
+
+    A directory is recorded by its name only, and another of that name may lie here.
+    """
     if baseline is not None:
         return room.open(room.resolve(str(baseline), None, progress))
     source = (checkpoint.manifest or {}).get("source", {})
-    try:
-        return room.open(room.resolve(str(source["id"]), source["revision"], progress))
-    except (KeyError, EntropressError) as error:
+    if not source.get("revision"):
         raise BadInput(
-            f"what it was made from is not at hand ({error})",
+            "what it was made from is not known well enough",
             where=checkpoint.path,
             mend="give --baseline",
-        ) from error
+        )
+    return room.open(room.resolve(str(source["id"]), source["revision"], progress))
 
 
-def _shared(options: EvalOptions) -> dict[str, Any]:
-    """The options that an `lm_eval` gate has in common with an evaluation."""
-    known = LmEvalConfig.model_fields
-    return {name: value for name, value in asdict(options).items() if name in known}
+@contextmanager
+def _journal(identity: str, asked: Any) -> Iterator[Path]:
+    """Where a candidate's answers are kept until its evaluation ends, for one process at a time."""
+    digest = hashlib.sha256(room.dump_json([asked])).hexdigest()[:16]
+    path = cache_dir() / "evaluations" / f"{identity}-{digest}"
+    path.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput("the same evaluation is running already") from None
+        yield path
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def _record(checkpoint: Checkpoint, results: list[GateResult]) -> None:
-    """Put gates into the manifest in place of earlier results of the same gate and options."""
+    """Put gates into the manifest in place of earlier results of the very same claim."""
     manifest = room.read_manifest(checkpoint.path)
     new = [result.model_dump(mode="json") for result in results]
-    asked = [(gate["gate"], gate["config"]) for gate in new]
-    kept = [gate for gate in manifest["gates"] if (gate["gate"], gate["config"]) not in asked]
+    asked = [_claim(gate) for gate in new]
+    kept = [gate for gate in manifest["gates"] if _claim(gate) not in asked]
     room.write_manifest(checkpoint.path, {**manifest, "gates": kept + new})
+
+
+def _claim(gate: dict[str, Any]) -> list[Any]:
+    return [gate.get("gate"), gate.get("config"), gate.get("reference")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress.console import Console, progress, size
-from compress.errors import CheckFailed
+from compress.errors import BadInput, CheckFailed
 from compress.options import junit_option, options, revision_option
 
 if TYPE_CHECKING:
@@ -102,11 +103,12 @@ def evaluate(
     from compress.evaluate import EvalOptions
     from compress.proof import prove
 
+    check_junit(junit)
     console = Console(as_json)
     asked = EvalOptions(
         tasks=tuple(name for name in (tasks or "").split(",") if name),
         include_path=include_path,
-        limit=int(limit) if limit and limit >= 1 else limit,
+        limit=int(limit) if limit is not None and limit.is_integer() else limit,
         num_fewshot=num_fewshot,
         batch_size=batch_size,
         apply_chat_template=apply_chat_template,
@@ -129,7 +131,9 @@ def evaluate(
             "path": path,
             "baseline": proof.baseline,
             "results": scores(proof.evaluation.results) if proof.evaluation else None,
-            "comparisons": [row.model_dump() for row in proof.comparisons],
+            "comparisons": [
+                row.model_dump(exclude={"limit", "verdict"}) for row in proof.comparisons
+            ],
             "gates": [gate.model_dump() for gate in proof.gates],
             "files": proof.files,
         }
@@ -199,6 +203,12 @@ def number(value: Any) -> str:
 def say_gates(console: Console, results: Sequence[GateResult]) -> None:
     for gate in results:
         console.say(f"gate {gate.gate}: {gate.verdict.upper()}: {gate.summary}")
+
+
+def check_junit(junit: str | None) -> None:
+    """Refuse a place that cannot be written, before hours of work and not after."""
+    if junit and (Path(junit).is_dir() or not os.access(Path(junit).absolute().parent, os.W_OK)):
+        raise BadInput("cannot be written", where=junit, mend="name a file in a directory")
 
 
 def end_with_gates(results: Sequence[GateResult], where: str, junit: str | None) -> None:

@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,19 +142,21 @@ class RunDirectory:
             else:
                 path.unlink()
 
-    def publish(self, key: str) -> None:
-        """Give a finished stage directory the output's name."""
-        self._permit(published=key)
+    def publish(self, key: str, claims: Sequence[Any] = ()) -> None:
+        """Give a finished stage directory the output's name; ``claims``: what was checked on it."""
+        self._permit(published=key, claims=list(claims))
         if self.output.is_dir() and not any(self.output.iterdir()):
             self.output.rmdir()
         replace_dir(self.stage(key), self.output, overwrite=self.overwrite)
 
-    def published(self, key: str) -> bool:
-        """Whether an interrupted run had got as far as giving that stage the output's name.
+    def published(self, key: str, claims: Sequence[Any] = ()) -> bool:
+        """Whether an interrupted run with the same ``claims`` had given that stage its name.
 
         Raises `BadInput` when the output exists, is of another run, and may not be overwritten.
         """
-        if self._run().get("published") == key and not self.stage(key).exists():
+        run = self._run()
+        same = run.get("published") == key and run.get("claims") == list(claims)
+        if same and not self.stage(key).exists():
             return self.output.is_dir()
         if occupied(self.output) and not self.overwrite:
             raise BadInput(

@@ -110,8 +110,14 @@ def test_a_recipe_of_gates_needs_the_original(run: Cli, here: Path, tiny_llama: 
         ((), "nothing to evaluate; give --tasks, or --recipe with gates"),
         (("--tasks", "entropress_facts", "--max-drop", "0.1"), "give --baseline and --tasks"),
         (("--tasks", "x", "--include-path", "nowhere"), "no such directory of task files"),
-        (("--tasks", "entropress_facts", "--record"), "only a checkpoint made by entropress"),
-        (("--tasks", "entropress_facts", "--device", "cuda"), "there is no CUDA device here"),
+        (("--tasks", "entropress_facts", "--record"), "no gate to record"),
+        (("--recipe", "gates.yaml", "--record"), "only a checkpoint made by entropress"),
+        (("--tasks", "entropress_facts", "--log-samples"), "give --output as well"),
+        (("--tasks", "entropress_facts", "--junit", "no/x.xml"), "no/x.xml: cannot be written"),
+        (("--tasks", "entropress_facts", "--limit", "inf"), "no such number of documents"),
+        (("--tasks", "entropress_facts", "--device", "meta"), "nothing can be computed there"),
+        (("--tasks", "entropress_facts", "--metric", "accc"), "did you mean 'acc'"),
+        (("--tasks", "entropress_facts", "--device", "cuda"), "there is no such device here"),
         (("--tasks", "entropress_facts", "--baseline", "nowhere"), "nowhere"),
     ],
 )
@@ -121,7 +127,30 @@ def test_bad_input_is_one_line(
     result = run("eval", *args, tiny_llama)
     assert result.exit_code in (2, 3)
     assert complaint in result.stderr
-    assert len([line for line in result.stderr.splitlines() if "error" in line]) == 1
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("hashing")]
+    assert len(lines) == 1
+
+
+def test_a_model_is_no_baseline_of_itself(run: Cli, here: Path, model: Path) -> None:
+    args = ("--tasks", "entropress_facts", "--max-drop", 0.5, "--baseline", model)
+    result = run("eval", *args, model)
+    assert result.exit_code == 2
+    assert "the baseline is the model itself" in result.stderr
+
+
+def test_a_candidate_that_cannot_answer_fails_its_gate(run: Cli, here: Path, model: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, "broken")
+    weights = load_file("broken/model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, "broken/model.safetensors", {"format": "pt"})
+    args = ("--tasks", "entropress_facts", "--limit", 2, "--max-drop", 1, "--junit", "gates.xml")
+    result = run("eval", *args, "--baseline", model, "broken")
+    assert result.exit_code == 1
+    assert "gate lm_eval: FAILED: broken: the model's logits are not finite" in result.stdout
+    assert ElementTree.parse("gates.xml").getroot().attrib["failures"] == "1"
 
 
 def test_report_beside_the_model_leaves_it_verified(run: Cli, here: Path, model: Path) -> None:

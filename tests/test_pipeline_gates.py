@@ -15,6 +15,7 @@ from compress import gates, pipeline
 from compress import recipe as recipes
 from compress.errors import BadInput
 from compress.proof import prove
+from compress.workspace import RunDirectory
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +96,18 @@ def test_killed_in_a_gate_it_is_not_published_and_resumes_to_the_same_bytes(
     assert not (tmp_path / "out").exists()
     pipeline.run(chosen, tiny_llama, tmp_path / "out", resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_killed_after_publishing_other_gates_are_not_taken_for_checked(
+    tiny_llama: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "remove", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(recipe(text, 2.0), tiny_llama, tmp_path / "out")
+    with pytest.raises(BadInput, match="was another run"):
+        pipeline.run(recipe(text, 0.5), tiny_llama, tmp_path / "out", resume=True)
+    assert pipeline.run(recipe(text, 2.0), tiny_llama, tmp_path / "out", resume=True).passed
 
 
 def interrupt(*_: object) -> None:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from compress.evaluate.bootstrap import Interval, Verdict, bootstrap_interval
+from compress.evaluate.bootstrap import FEWEST, Interval, Verdict, bootstrap_interval
 from compress.evaluate.divergence import Divergence, divergence
 from compress.evaluate.doctor import Finding, diagnose
-from compress.evaluate.documents import Documents, check_same_tokens, read_documents
-from compress.evaluate.harness import EvalOptions, Evaluation, reference_journal, run_tasks, save
+from compress.evaluate.documents import (
+    Documents,
+    check_causal,
+    check_same_tokens,
+    read_documents,
+)
+from compress.evaluate.harness import (
+    EvalOptions,
+    Evaluation,
+    check_device,
+    reference_journal,
+    run_tasks,
+    save,
+)
 from compress.evaluate.identity import model_identity
 from compress.evaluate.inspect import Inspection, SizeRow, inspect, kind
 from compress.evaluate.likelihood import losses, perplexity, perplexity_ratio
 from compress.evaluate.paired import Comparison, compare, documents_needed
 from compress.evaluate.pairing import TaskComparison, compare_tasks, same_responses
-from compress.evaluate.tasks import load_tasks
+from compress.evaluate.tasks import check_metric, load_tasks
 from compress.evaluate.verify import VerifyReport, verify
 
 __all__ = [
+    "FEWEST",
     "Comparison",
     "Divergence",
     "Documents",
@@ -29,6 +42,9 @@ __all__ = [
     "Verdict",
     "VerifyReport",
     "bootstrap_interval",
+    "check_causal",
+    "check_device",
+    "check_metric",
     "check_same_tokens",
     "compare",
     "compare_tasks",

@@ -40,7 +40,7 @@ class Divergence:
     tokens: int
     sums: dict[str, np.ndarray]
 
-    def metrics(self, confidence: float = 0.95) -> dict[str, Interval]:
+    def metrics(self, confidence: float = 0.95, seed: int = 0) -> dict[str, Interval]:
         """By name the metric with its bootstrap interval over documents.
 
         Of all tokens: ``perplexity_reference``, ``perplexity`` and ``perplexity_ratio``; in nats a
@@ -53,7 +53,7 @@ class Divergence:
 
         def interval(statistic: Callable[..., Any], *names: str) -> Interval:
             columns = [self.sums[name] for name in names]
-            return bootstrap_interval(statistic, columns, confidence=confidence)
+            return bootstrap_interval(statistic, columns, confidence=confidence, seed=seed)
 
         def share(part: np.ndarray, whole: np.ndarray, axis: int) -> Any:
             return part.sum(axis) / whole.sum(axis)
@@ -71,7 +71,9 @@ class Divergence:
         return {
             "perplexity_reference": interval(perplexity, "nll_reference", "tokens"),
             "perplexity": interval(perplexity, "nll", "tokens"),
-            "perplexity_ratio": perplexity_ratio(reference, candidate, confidence=confidence),
+            "perplexity_ratio": perplexity_ratio(
+                reference, candidate, confidence=confidence, seed=seed
+            ),
             **{name: interval(share, name, "tokens") for name in MEASURES[2:]},
             **{name: interval(mean, name, "windows") for name in _STATES},
         }

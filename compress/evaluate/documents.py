@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
 from compress.signals import load_text
 
@@ -107,6 +108,24 @@ def check_same_tokens(reference_tokenizer: Any, tokenizer: Any, where: object) -
                 got=f"{len(got)} tokens {got[:4]}…",
                 expected=f"{len(expected)} tokens {expected[:4]}… as the reference",
             )
+
+
+def check_causal(checkpoint: Checkpoint) -> None:
+    """Raise `BadInput` unless transformers knows the model as one that predicts the next token."""
+    from transformers.models.auto import modeling_auto as known
+
+    causal = {
+        *known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+    }
+    classes = checkpoint.config.get("architectures") or ["no architecture"]
+    if classes[0] not in causal or checkpoint.config.get("is_encoder_decoder"):
+        raise BadInput(
+            "no causal language model",
+            where=checkpoint.path,
+            got=classes[0],
+            expected="one that predicts the next token, such as LlamaForCausalLM",
+        )
 
 
 def check_fits(model: Any, documents: Documents, where: object = None) -> None:

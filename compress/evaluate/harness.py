@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ class EvalOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.limit is not None and (self.limit <= 0 or (self.limit > 1 and self.limit % 1)):
+        limit = 1 if self.limit is None else self.limit
+        if not 0 < limit < math.inf or (limit > 1 and limit % 1):
             raise BadInput(
                 "no such number of documents", got=self.limit, expected="a count or a share below 1"
             )
@@ -168,21 +170,29 @@ def save(evaluation: Evaluation, directory: Path, *, log_samples: bool) -> list[
     return files
 
 
-def _settings(checkpoint: Checkpoint, options: EvalOptions, progress: Progress) -> dict[str, Any]:
-    """All that answers depend on, down to the last bit, beside the requests."""
-    import lm_eval
+def check_device(device: str) -> Any:
+    """The torch device that a model will run on first; `BadInput` where there is no such here."""
     import torch
-    import transformers
 
     cuda = torch.cuda.is_available()
     try:
-        device = torch.device(
-            options.device if options.device != "auto" else "cuda" if cuda else "cpu"
-        )
-    except RuntimeError:
-        raise BadInput("torch knows no such device", got=options.device) from None
-    if device.type == "cuda" and not cuda:
-        raise BadInput("there is no CUDA device here", got=options.device)
+        found = torch.device(device if device != "auto" else "cuda" if cuda else "cpu")
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise BadInput("there is no such device here", got=device) from None
+    if found.type == "meta":
+        raise BadInput("nothing can be computed there", got=device)
+    return found
+
+
+def _settings(checkpoint: Checkpoint, options: EvalOptions, progress: Progress) -> dict[str, Any]:
+    """All that answers depend on, down to the last bit, beside the requests."""
+    import lm_eval
+    import tokenizers
+    import torch
+    import transformers
+
+    device = check_device(options.device)
     return {
         "model_identity": model_identity(checkpoint, progress),
         "dtype": options.dtype,
@@ -197,6 +207,7 @@ def _settings(checkpoint: Checkpoint, options: EvalOptions, progress: Progress) 
         "seed": options.seed,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
         "lm_eval": lm_eval.__version__,
         "entropress": __version__,
     }

@@ -14,8 +14,6 @@ from compress.checkpoint import Checkpoint, TensorInfo
 from compress.progress import SILENT, Progress
 from compress.signals import measure_weights
 
-_SHOWN = ("class", "source", "recipe", "versions", "stages", "gates")
-
 
 @dataclass(frozen=True)
 class SizeRow:

@@ -26,7 +26,7 @@ class JournaledLM(LM):
     documents is, so that a document is in the same batch in every run. Each range has a file in
     ``journal``, whose name is a digest of ``settings``, all that the answers depend on beside the
     requests, and of the requests. An interrupted run keeps its whole ranges; a file that is damaged
-    or another's is written anew. What is random is seeded by the digest. ``truncated``: how many
+    or another's is written anew. What is random is seeded by the requests. ``truncated``: how many
     requests were cut to fit, by the attribute of that name of the language model.
     """
 
@@ -91,12 +91,14 @@ class JournaledLM(LM):
 
     def _range(self, kind: str, task: str, asked: list[Any]) -> list[Any]:
         """The answers of one range, from its file or the language model."""
-        key = [self._settings, kind, task, [request.args for request in asked]]
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        questions = [kind, task, [request.args for request in asked]]
+        digest = _digest([self._settings, *questions])
         path = self._journal / f"{digest}.json"
         entry = _read(path, digest, kind, len(asked))
         if entry is None:
-            entry = self._ask(kind, task, asked, digest)
+            # Of the questions alone: two models that are the same must draw the same samples.
+            seed = int(_digest([self._settings.get("seed"), *questions])[:15], 16)
+            entry = self._ask(kind, task, asked, digest, seed)
             with room_needed(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 own = path.with_name(f"{digest}.{os.getpid()}")  # others may be writing the same
@@ -105,12 +107,14 @@ class JournaledLM(LM):
         self.truncated += entry["truncated"]
         return [tuple(a) if isinstance(a, list) else a for a in entry["answers"]]
 
-    def _ask(self, kind: str, task: str, asked: list[Any], digest: str) -> dict[str, Any]:
+    def _ask(
+        self, kind: str, task: str, asked: list[Any], digest: str, seed: int
+    ) -> dict[str, Any]:
         import torch
 
         if self._lm is None:
             self._lm = self._make()
-        torch.manual_seed(int(digest[:15], 16))
+        torch.manual_seed(seed)
         cut = self._lm.truncated
         answers = getattr(self._lm, kind)(asked, disable_tqdm=True)
         answers = [list(a) if isinstance(a, tuple) else a for a in answers]
@@ -119,7 +123,7 @@ class JournaledLM(LM):
         return {
             "requests": digest,
             "answers": answers,
-            "sha256": _sha256(answers),
+            "sha256": _digest(answers),
             "truncated": self._lm.truncated - cut,
         }
 
@@ -136,7 +140,7 @@ def _read(path: Path, digest: str, kind: str, count: int) -> dict[str, Any] | No
     sound = (
         entry.get("requests") == digest
         and _well_formed(answers, kind, count)
-        and entry.get("sha256") == _sha256(answers)
+        and entry.get("sha256") == _digest(answers)
         and type(entry.get("truncated")) is int
     )
     return entry if sound else None
@@ -162,5 +166,5 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and not math.isnan(value)
 
 
-def _sha256(answers: Any) -> str:
-    return hashlib.sha256(json.dumps(answers).encode()).hexdigest()
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -50,9 +50,11 @@ def compare(
 
     Without ``aggregate`` the metric is the mean. Scores of 0 and 1 only: `tango_interval` and
     `mcnemar`. Other numbers: Student's t interval of the mean difference, infinite for fewer than
-    `FEWEST` documents, a point where all differences are equal. With ``aggregate``, a function of a
-    list of scores of any kind: `bootstrap_interval` of the difference of the aggregates; a document
-    got worse if the aggregate of it alone did. Raises `BadInput` for no documents, lists of
+    `FEWEST` documents. With ``aggregate``, a function of a list of scores of any kind:
+    `bootstrap_interval` of the difference of the aggregates; a document got worse if the aggregate
+    of it alone did. Both trust the changes they see, so where fewer than `FEWEST` documents changed
+    the one is widened to what `tango_interval` gives for as many, times the range of all scores,
+    and the other is infinite. Raises `BadInput` for no documents, lists of
     different lengths, and scores or aggregates that are not finite.
     """
     documents = len(reference)
@@ -80,11 +82,18 @@ def compare(
     method: Method = "student"
     if aggregate is not None:
         method, drop = "bootstrap", _bootstrap(reference, candidate, sign, value, confidence, seed)
+        if sum(a != b for a, b in zip(reference, candidate, strict=True)) < FEWEST:
+            drop = Interval(drop.estimate, -math.inf, math.inf, confidence)
     elif all(score in (0, 1) for score in (*reference, *candidate)):
         method, drop = "tango", tango_interval(lost, won, documents, confidence)
         p_value = mcnemar(lost, won)
     else:
         drop = _student(worse, confidence)
+        if lost + won < FEWEST:
+            span = max(*reference, *candidate) - min(*reference, *candidate)
+            few = tango_interval(lost, won, documents, confidence)
+            low, high = min(drop.low, span * few.low), max(drop.high, span * few.high)
+            drop = Interval(drop.estimate, low, high, confidence)
     return Comparison(
         documents=documents,
         reference=value(list(reference)),

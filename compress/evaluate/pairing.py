@@ -30,6 +30,7 @@ def compare_tasks(
     *,
     metric: str | None = None,
     confidence: float = 0.95,
+    seed: int = 0,
 ) -> list[TaskComparison]:
     """Compare what both models scored on the same documents of each task in ``asked``.
 
@@ -45,7 +46,7 @@ def compare_tasks(
             raise BadInput(f"task '{name}' was not evaluated on both models")
         for part in reference.asked[name]:
             for task in _judged(reference.results, part):
-                found.append(_compare(reference, candidate, task, metric, confidence))
+                found.append(_compare(reference, candidate, task, metric, confidence, seed))
     return found
 
 
@@ -77,6 +78,7 @@ def _compare(
     name: str,
     wanted: str | None,
     confidence: float,
+    seed: int,
 ) -> TaskComparison:
     leaves = _leaves(reference.results, name)
     metric = _metric(reference.results, name, leaves[0], wanted)
@@ -91,6 +93,7 @@ def _compare(
         higher_is_better=True in higher,
         aggregate=_aggregate(reference, leaves, score),
         confidence=confidence,
+        seed=seed,
     )
     return TaskComparison(name, metric, comparison)
 

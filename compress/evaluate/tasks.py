@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import BadInput, EntropressError, Missing
+from compress.errors import BadInput, EntropressError, Missing, did_you_mean
 from compress.evaluate.quiet import quiet
 
 if TYPE_CHECKING:
@@ -58,6 +58,14 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> Tasks:
             tasks.built.extend([group] if group else leaves.values())
             tasks.leaves.update(leaves)
     return tasks
+
+
+def check_metric(tasks: Tasks, metric: str | None) -> None:
+    """Raise `BadInput` where a task has no ``metric``, as ``acc_norm`` or ``acc_norm,none``."""
+    for name, task in tasks.leaves.items():
+        known = list(task.aggregation())
+        if metric is not None and metric.partition(",")[0] not in known:
+            raise BadInput(f"no metric '{metric}'", where=name, mend=did_you_mean(metric, known))
 
 
 def _manager(names: Sequence[str], include_path: str | None) -> TaskManager:

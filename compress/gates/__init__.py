@@ -6,7 +6,7 @@ from compress.gates import bit_exact, divergence, lm_eval, perplexity
 from compress.gates.base import Gate, GateResult, Row, Subject, get, names, recorded
 from compress.gates.junit import junit_xml
 from compress.gates.lm_eval import LmEvalConfig, judge
-from compress.gates.run import pending, plan_gates, run_gates
+from compress.gates.run import failed, pending, plan_gates, run_gates
 
 __all__ = [
     "Gate",
@@ -16,6 +16,7 @@ __all__ = [
     "Subject",
     "bit_exact",
     "divergence",
+    "failed",
     "get",
     "judge",
     "junit_xml",

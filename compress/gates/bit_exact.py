@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    Digest,
+    TensorInfo,
+    dense_config,
+    is_document,
+)
 from compress.errors import BadInput
 from compress.evaluate import (
     EvalOptions,
+    check_device,
     load_tasks,
     reference_journal,
     run_tasks,
@@ -60,22 +69,24 @@ class BitExactConfig(ModelGateConfig):
 class BitExact:
     """Integers are compared, never floats: NaN payloads and the sign of zero count.
 
-    Tensors by the sha256 of their bytes, against the manifest and against the original; logits (or
-    the first output of a model without a head) as integers, both models run in the same way; task
-    responses by the bits of their log-likelihoods. No statistics, no tolerance.
+    Tensors by the sha256 of their bytes, decoded; config, tokenizer and all files that a manifest
+    vouches for; logits (or the first output of a model without a head) as integers, both models run
+    in the same way; task responses by the bits of their log-likelihoods. No statistics, no
+    tolerance.
     """
 
     name: ClassVar[str] = "bit_exact"
     Config: ClassVar[type[StageConfig]] = BitExactConfig
 
     def plan(self, reference: Checkpoint, config: BitExactConfig) -> None:
+        check_device(config.device)
         if config.prompts:
             reference.tokenizer()
         if config.tasks:
             load_tasks(config.tasks, config.include_path)
 
     def check(self, subject: Subject, config: BitExactConfig) -> GateResult:
-        rows = [_tensors(subject)]
+        rows = [_tensors(subject), _files(subject)]
         if config.prompts:
             rows.append(_logits(subject, config))
         if config.tasks:
@@ -98,13 +109,52 @@ class BitExact:
 
 
 def _tensors(subject: Subject) -> Row:
-    report = verify(subject.candidate.path, subject.reference.path, progress=subject.progress)
-    faults = [
-        *report.faults,
-        *(f"{name}: removed" for name in report.dropped),
-        *(f"{name}: of another dtype" for name in report.not_compared),
+    reference, candidate = subject.reference, subject.candidate
+    before, after = reference.tensor_infos(), candidate.tensor_infos()
+    names = list({**before, **after})
+    with subject.progress.step("comparing tensors", len(names), "tensors") as step:
+        faults = []
+        for name in names:
+            if name not in before or name not in after:
+                faults.append(f"{name} is in one only")
+            elif _described(before[name]) != _described(after[name]):
+                faults.append(f"{name} is of another dtype or shape")
+            elif _sha256(reference, name) != _sha256(candidate, name):
+                faults.append(name)
+            step.advance(1)
+    return _row("tensors", len(names), faults)
+
+
+def _described(info: TensorInfo) -> tuple[str, tuple[int, ...]]:
+    return info.dtype, info.shape
+
+
+def _sha256(checkpoint: Checkpoint, name: str) -> str:
+    digest = Digest(checkpoint.chunks(name))
+    for _ in digest:
+        pass
+    return digest.hexdigest()
+
+
+def _files(subject: Subject) -> Row:
+    """Config, tokenizer and the like; and all that the manifest vouches for, where there is one."""
+    reference, candidate = subject.reference, subject.candidate
+    faults = []
+    if dense_config(reference.config) != dense_config(candidate.config):
+        faults.append(CONFIG)
+    contents = [
+        {
+            path: hashlib.sha256((checkpoint.path / path).read_bytes()).digest()
+            for path in checkpoint.sidecars()
+            if not is_document(path)
+        }
+        for checkpoint in (reference, candidate)
     ]
-    return _row("tensors", len(faults), len(subject.reference.tensor_infos()), faults)
+    names = sorted(contents[0].keys() | contents[1].keys())
+    faults += [path for path in names if contents[0].get(path) != contents[1].get(path)]
+    if candidate.manifest is not None:
+        faults += verify(candidate.path, progress=subject.progress).faults
+    return _row("files", len(names) + 1, faults)
 
 
 def _logits(subject: Subject, config: BitExactConfig) -> Row:
@@ -124,14 +174,17 @@ def _logits(subject: Subject, config: BitExactConfig) -> Row:
         for i, (before, after) in enumerate(zip(*outputs, strict=True))
         if not _equal_bits(before, after)
     ]
-    return _row("logits", len(faults), len(prompts), faults)
+    return _row("logits", len(prompts), faults)
 
 
 def _output(model: Any, prompt: Any, step: Any) -> torch.Tensor:
     import torch
 
+    inputs = dict(prompt.to(next(model.parameters()).device))
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     with torch.inference_mode():
-        output = model(**prompt.to(next(model.parameters()).device))[0].cpu()
+        output = model(**inputs)[0].cpu()
     step.advance(1)
     return output
 
@@ -146,23 +199,25 @@ def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _responses(subject: Subject, config: BitExactConfig) -> Row:
     options, progress = config.options(), subject.progress
-    before = run_tasks(
-        subject.reference, options, reference_journal(subject.reference), progress=progress
-    )
+    kept = reference_journal(subject.reference, progress)
+    before = run_tasks(subject.reference, options, kept, progress=progress)
     after = run_tasks(subject.candidate, options, subject.journal, progress=progress)
-    total = sum(len(samples) for samples in before.results["samples"].values())
-    if not total:
+    every = {
+        (task, sample["doc_id"])
+        for task, samples in before.results["samples"].items()
+        for sample in samples
+    }
+    if not every:
         raise BadInput("no documents", where=",".join(config.tasks))
-    faults = same_responses(before, after)
-    return _row("responses", len(faults), total, faults)
+    return _row("responses", len(every), same_responses(before, after))
 
 
-def _row(name: str, differ: int, total: int, faults: list[str]) -> Row:
+def _row(name: str, total: int, faults: list[str]) -> Row:
     return Row(
         name=name,
-        value=differ,
+        value=len(faults),
         limit=0,
         documents=total,
-        verdict="failed" if differ else "passed",
+        verdict="failed" if faults else "passed",
         note=f"{faults[0]} first" if faults else "",
     )

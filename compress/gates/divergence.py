@@ -8,7 +8,16 @@ from pydantic import Field, model_validator
 
 from compress.checkpoint import Checkpoint
 from compress.evaluate import check_same_tokens, divergence
-from compress.gates.base import GateResult, Subject, against, bounded, recorded, register, worst
+from compress.gates.base import (
+    GateResult,
+    Subject,
+    against,
+    bounded,
+    finite,
+    recorded,
+    register,
+    worst,
+)
 from compress.gates.perplexity import TextGateConfig
 from compress.stages import StageConfig
 
@@ -52,7 +61,7 @@ class DivergenceGate:
             top_k=config.top_k,
             progress=subject.progress,
         )
-        metrics = found.metrics(config.confidence)
+        metrics = found.metrics(config.confidence, config.seed)
         bounds = {"kl": config.max_kl, "jsd": config.max_jsd}
         rows = [
             bounded(name, metrics[name], limit, unit="nats/token", documents=documents.count)
@@ -67,7 +76,7 @@ class DivergenceGate:
             reference=reference.source.id,
             rows=rows,
             details={
-                name: [interval.estimate, interval.low, interval.high]
+                name: [finite(end) for end in (interval.estimate, interval.low, interval.high)]
                 for name, interval in metrics.items()
             }
             | {"tokens": found.tokens},

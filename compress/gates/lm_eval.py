@@ -7,10 +7,13 @@ from typing import ClassVar
 from pydantic import Field
 
 from compress.checkpoint import Checkpoint
+from compress.errors import BadInput
 from compress.evaluate import (
     EvalOptions,
     Evaluation,
     TaskComparison,
+    check_device,
+    check_metric,
     compare_tasks,
     documents_needed,
     load_tasks,
@@ -33,14 +36,15 @@ from compress.stages import StageConfig
 
 class LmEvalConfig(ModelGateConfig):
     """``max_drop``: in the metric's own unit, 0.01 for one point of accuracy. ``metric``: by
-    lm-eval's name, as ``acc_norm``; the first of each task by default. ``limit``: documents a task.
+    lm-eval's name, as ``acc_norm``; the first of each task by default. ``limit``: documents a task,
+    below 1 a share of them.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
     max_drop: float = Field(ge=0)
     metric: str | None = None
     include_path: str | None = None
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | float | None = Field(default=None, gt=0)
     num_fewshot: int | None = Field(default=None, ge=0)
     batch_size: int = Field(default=8, ge=1)
     apply_chat_template: bool = False
@@ -72,13 +76,15 @@ class LmEval:
     Config: ClassVar[type[StageConfig]] = LmEvalConfig
 
     def plan(self, reference: Checkpoint, config: LmEvalConfig) -> None:
-        load_tasks(config.tasks, config.include_path)
+        check_device(config.device)
+        check_metric(load_tasks(config.tasks, config.include_path), config.metric)
+        if config.apply_chat_template and not reference.tokenizer().chat_template:
+            raise BadInput("its tokenizer has no chat template", where=reference.path)
 
     def check(self, subject: Subject, config: LmEvalConfig) -> GateResult:
         options, progress = config.options(), subject.progress
-        before = run_tasks(
-            subject.reference, options, reference_journal(subject.reference), progress=progress
-        )
+        kept = reference_journal(subject.reference, progress)
+        before = run_tasks(subject.reference, options, kept, progress=progress)
         after = run_tasks(subject.candidate, options, subject.journal, progress=progress)
         return judge(before, after, config, subject.reference.source.id)
 
@@ -88,7 +94,12 @@ def judge(
 ) -> GateResult:
     """The gate's verdict on two evaluations that exist already. Raises as `compare_tasks`."""
     found = compare_tasks(
-        before, after, config.tasks, metric=config.metric, confidence=config.confidence
+        before,
+        after,
+        config.tasks,
+        metric=config.metric,
+        confidence=config.confidence,
+        seed=config.seed,
     )
     rows = [_row(task, config.max_drop) for task in found]
     return GateResult(

@@ -7,8 +7,12 @@ from typing import ClassVar
 from pydantic import Field
 
 from compress.checkpoint import Checkpoint
+from compress.errors import BadInput
 from compress.evaluate import (
+    FEWEST,
     Documents,
+    check_causal,
+    check_device,
     check_same_tokens,
     losses,
     perplexity,
@@ -31,18 +35,32 @@ class TextGateConfig(ModelGateConfig):
     """``data``: as for calibration; ``documents``: at most so many; ``length``: tokens a window."""
 
     data: str = "builtin:heldout"
-    documents: int | None = Field(default=None, ge=2)
+    documents: int | None = Field(default=None, ge=FEWEST)
     length: int = Field(default=512, ge=8)
 
     def read(self, reference: Checkpoint) -> Documents:
-        """The held-out documents in the reference's tokens."""
-        return read_documents(
+        """The held-out documents in the reference's tokens.
+
+        Raises `BadInput` where it is no causal language model, its context is too short or the
+        documents are too few for an interval, and as `read_documents`.
+        """
+        check_device(self.device)
+        check_causal(reference)
+        documents = read_documents(
             self.data,
             reference.tokenizer(),
             length=self.length,
             limit=self.documents,
             seed=self.seed,
         )
+        if documents.count < FEWEST:
+            raise BadInput(
+                "too few documents to tell anything by",
+                where=self.data,
+                got=documents.count,
+                expected=f"{FEWEST} or more",
+            )
+        return documents
 
 
 class PerplexityConfig(TextGateConfig):

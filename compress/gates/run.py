@@ -53,10 +53,15 @@ def _check(spec: GateSpec, subject: Subject) -> GateResult:
     try:
         return get(spec.name).check(subject, spec.config)
     except (BadInput, Corrupt) as error:
-        return GateResult(
-            gate=spec.name,
-            config=recorded(spec.config),
-            verdict="failed",
-            summary=str(error),
-            reference=subject.reference.source.id,
-        )
+        return failed(spec.name, spec.config, subject.reference, str(error))
+
+
+def failed(gate: str, config: StageConfig, reference: Checkpoint, why: str) -> GateResult:
+    """The result where there was nothing to compare."""
+    return GateResult(
+        gate=gate,
+        config=recorded(config),
+        verdict="failed",
+        summary=why,
+        reference=reference.source.id,
+    )

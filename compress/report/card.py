@@ -123,6 +123,7 @@ def _results(facts: Facts, head: Mapping[str, Any]) -> list[EvalResult]:
                     task_type=text(head.get("pipeline_tag")) or "text-generation",
                     dataset_type=dataset,
                     dataset_name=dataset,
+                    dataset_args={"documents": row.documents} if row.documents else None,
                     metric_type=metric or "score",
                     metric_name=metric or "score",
                     metric_value=float(f"{row.candidate:.6g}"),

@@ -35,7 +35,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Gate:
-    """``exact``: rows are counts of differences, not estimates, and have no interval.
+    """``reference``: the model that was compared with. ``exact``: rows are counts of differences,
+    not estimates, and have no interval.
 
     ``details``: further findings, by name in words.
     """
@@ -44,6 +45,7 @@ class Gate:
     config: dict[str, Any]
     verdict: str
     summary: str
+    reference: str
     rows: list[Row]
     details: list[tuple[str, str]]
 
@@ -80,6 +82,7 @@ def _gate(result: dict[str, Any]) -> Gate:
         config=members(result.get("config")),
         verdict=verdict,
         summary=text(result.get("summary")),
+        reference=text(result.get("reference")),
         rows=rows,
         details=[
             (text(name, 100), words)

@@ -22,7 +22,7 @@ def write_report(path: Path, output: Path | None = None, progress: Progress = SI
     often this runs. The same directory gives the same bytes.
 
     Raises `BadInput` for a directory without manifest, and where ``output`` is another one that
-    holds a README.md which is not ours; `Missing` without matplotlib;
+    holds a README.md which is not ours or cannot be written; `Missing` without matplotlib;
     `Corrupt` as reading the tensors does.
     """
     need_matplotlib()
@@ -40,7 +40,10 @@ def write_report(path: Path, output: Path | None = None, progress: Progress = SI
         room.REPORT: html_page(facts, plots),
         room.CARD: model_card(facts, plots),
     } | {f"{room.REPORT_FOLDER}/{name}.png": plot.png for name, plot in plots.items()}
-    (output / room.REPORT_FOLDER).mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        room.write_atomic(output / name, content)
+    try:
+        (output / room.REPORT_FOLDER).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            room.write_atomic(output / name, content)
+    except OSError as error:
+        raise BadInput(f"cannot be written: {error.strerror}", where=output) from error
     return [output / name for name in files]

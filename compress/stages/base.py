@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class StageConfig(BaseModel):
     """Base of every stage's and gate's options: unknown keys are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Calibration(StageConfig):

@@ -183,13 +183,13 @@ def test_nan_weights_are_one_line(tiny_llama: Path, tasks: str, tmp_path: Path) 
 
 
 def test_bad_options(model: room.Checkpoint, tasks: str, make_task: Any, tmp_path: Path) -> None:
-    for limit in (0, -1, 2.5):
+    for limit in (0, -1, 2.5, float("inf"), float("nan")):
         with pytest.raises(BadInput, match=f"no such number of documents, got {limit}"):
             options(tasks, limit=limit)
     with pytest.raises(BadInput, match="no such batch size"):
         options(tasks, batch_size=0)
     journal = tmp_path / "journal"
-    with pytest.raises(BadInput, match="torch knows no such device, got toaster"):
+    with pytest.raises(BadInput, match="there is no such device here, got toaster"):
         run_tasks(model, options(tasks, device="toaster"), journal)
     with pytest.raises(BadInput, match="tiny_other: lm-eval cannot run it: ValueError: Sample"):
         run_tasks(model, options(tasks, "tiny_other", num_fewshot=21), journal)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,12 +186,29 @@ def test_few_numbers_say_nothing() -> None:
     assert documents_needed(found, 1000) is None
 
 
-def test_the_same_numbers_are_a_point() -> None:
+@pytest.mark.parametrize("aggregate", [None, np.mean])
+def test_the_same_numbers_do_not_prove_that_others_are_the_same(aggregate: Any) -> None:
     scores, _ = differences(20, 0)
-    found = compare(scores, scores, higher_is_better=True)
-    assert found.drop == Interval(0, 0, 0, 0.95)
-    assert found.flips == 0
-    assert found.drop.verdict(0) == "passed"
+    found = compare(scores, scores, higher_is_better=True, aggregate=aggregate)
+    assert found.flips == found.drop.estimate == 0
+    assert found.drop.verdict(0) == "undecided"
+    span = max(scores) - min(scores)
+    expected = math.inf if aggregate else span * tango_interval(0, 0, 20).high
+    assert (found.drop.low, found.drop.high) == pytest.approx((-expected, expected))
+
+
+def test_few_changes_are_bounded_as_whole_ones() -> None:
+    """Partial credits that seldom differ: Student's interval alone passes far too often."""
+    random = np.random.default_rng(0)
+    runs, documents, drop = 400, 50, 0.02
+    passed = 0
+    for _ in range(runs):
+        before = random.choice([0.25, 0.5, 1.0], documents)
+        lost = random.random(documents) < 4 * drop
+        after = np.where(lost, before - 0.25, before)
+        found = compare(before.tolist(), after.tolist(), higher_is_better=True)
+        passed += found.drop.verdict(drop) == "passed"
+    assert passed <= most(0.025, runs) * runs
 
 
 def test_an_aggregate_is_bootstrapped_over_documents() -> None:

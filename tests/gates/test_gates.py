@@ -35,6 +35,7 @@ def test_bit_exact_passes_on_the_lossless_output(check: Any, lossless: Path, tas
     assert found.verdict == "passed"
     assert [(row.name, row.value, row.documents) for row in found.rows] == [
         ("tensors", 0, 57),
+        ("files", 0, 4),
         ("logits", 0, 4),
         ("responses", 0, 20),
     ]
@@ -45,10 +46,25 @@ def test_bit_exact_fails_on_other_weights(check: Any, pruned: Path, tasks: str) 
     found = check(pruned, "bit_exact", tasks=["tiny_choice"], include_path=tasks)
     assert found.verdict == "failed"
     values = {row.name: row.value for row in found.rows}
-    assert values["tensors"] == 18  # two blocks of nine
+    assert values["tensors"] >= 18  # two blocks of nine, and those that moved up
+    assert values["files"] == 1
     assert values["logits"] == 4
     assert values["responses"] > 0
-    assert "18 of 57 tensors differ (model.layers." in found.summary
+    assert "1 of 4 files differ (config.json first)" in found.summary
+
+
+def test_bit_exact_needs_no_manifest_but_every_byte(
+    check: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_llama, copy)
+    (copy / "README.md").write_text("a card is not compared")
+    assert check(copy, "bit_exact").verdict == "passed"
+    (copy / "chat_template.jinja").write_text("hello")
+    found = check(copy, "bit_exact", prompts=0)
+    assert found.summary == "1 of 5 files differ (chat_template.jinja first)"
 
 
 def test_bit_exact_needs_a_tokenizer_for_prompts_only(tiny_llama: Path, tmp_path: Path) -> None:

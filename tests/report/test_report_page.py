@@ -190,7 +190,7 @@ def test_a_bar_keeps_the_order_of_its_numbers(
 ) -> None:
     low, value, high = sorted((low, value, high), key=lambda x: (x is None, x))
     found = Row("x", "", None, None, value, low, high, limit, None, "passed", "")
-    drawn = bar(Gate("lm_eval", {}, "passed", "", [found], []), found)
+    drawn = bar(Gate("lm_eval", {}, "passed", "", "", [found], []), found)
     if value is None or limit is None:
         assert drawn is None
         return
@@ -198,7 +198,7 @@ def test_a_bar_keeps_the_order_of_its_numbers(
     assert 0 <= drawn.low <= drawn.value <= drawn.high <= 100
     assert 0 <= drawn.limit <= 100
     assert (drawn.value <= drawn.limit) or value > limit
-    assert bar(Gate("bit_exact", {}, "passed", "", [found], []), found) is None
+    assert bar(Gate("bit_exact", {}, "passed", "", "", [found], []), found) is None
 
 
 def test_an_unbounded_interval_reaches_both_ends() -> None:
