@@ -15,7 +15,7 @@ from compress import checkpoint
 from compress.evaluate import Documents, losses, perplexity
 from compress.prune import choose
 from compress.signals import (
-    SCORERS,
+    SCORERS_DEFAULT,
     collect,
     find_blocks,
     load_float32,
@@ -55,7 +55,7 @@ def main() -> None:
     print(f"{options.model}: perplexity {perplexity(losses(model, heldout)):.2f} with all blocks\n")
     print("| scorer | drop | blocks | perplexity |\n|---|---|---|---|")
     for drop in options.drop:
-        choices = [(scorer, choose(table, scorer, drop)) for scorer in SCORERS]
+        choices = [(scorer, choose(table, scorer, drop)) for scorer in SCORERS_DEFAULT]
         choices += [("random", sorted(chance.sample(free, drop))) for _ in range(options.random)]
         for scorer, removed in choices:
             listed = " ".join(map(str, removed))

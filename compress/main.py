@@ -130,7 +130,8 @@ def compress(
 
 @cli.command()
 @options(
-    click.option("--signals", default="all", help="Columns to show, by commas; JSON has all."),
+    click.option("--signals", help="Scorers by commas, or all; default: the four cheap ones."),
+    click.option("--drop", default=1, type=click.IntRange(1), help="For how firm the choice is."),
     click.option("--data", default="builtin:calibration", help="Text to read: .txt or .jsonl."),
     click.option("--sequences", default=32, type=click.IntRange(1), help="Windows of text."),
     click.option("--length", default=512, type=click.IntRange(8), help="Tokens in each."),
@@ -140,7 +141,8 @@ def compress(
 @click.argument("model")
 def measure(
     model: str,
-    signals: str,
+    signals: str | None,
+    drop: int,
     data: str,
     sequences: int,
     length: int,
@@ -150,25 +152,29 @@ def measure(
 ) -> None:
     """Score the blocks of MODEL by every signal, and say which signals agree."""
     from compress import pipeline
-    from compress.signals import SCORERS
+    from compress.signals import SCORERS, SCORERS_DEFAULT
     from compress.stages import Calibration
 
-    chosen = SCORERS if signals == "all" else tuple(signals.split(","))
+    known = {None: SCORERS_DEFAULT, "all": SCORERS}
+    chosen = known[signals] if signals in known else tuple((signals or "").split(","))
     for name in chosen:
         if name not in SCORERS:
             raise BadInput(f"unknown signal '{name}'", mend=did_you_mean(name, SCORERS))
     console = Console(as_json)
     text = Calibration(data=data, sequences=sequences, length=length, seed=seed)
     with progress() as bars:
-        found = pipeline.measure(model, text, revision=revision, progress=bars)
-    columns = [i for i, title in enumerate(found.header) if title in ("block", "note", *chosen)]
-    header, *rows = [tuple(row[i] for i in columns) for row in (found.header, *found.rows())]
-    console.table(header, rows)
+        found = pipeline.measure(
+            model, text, scorers=chosen, drop=drop, revision=revision, progress=bars
+        )
+    console.table(found.header, found.rows())
     for pair, rho in found.agreement().items():
-        if set(pair.split("/")) <= set(chosen):
-            value = "undefined" if rho is None else f"{rho:+.2f}"
-            agrees = ", they agree" if pair in found.agreeing() else ""
-            console.say(f"rank correlation {pair}: {value}{agrees}")
+        value = "undefined" if rho is None else f"{rho:+.2f}"
+        agrees = ", they agree" if pair in found.agreeing() else ""
+        console.say(f"rank correlation {pair}: {value}{agrees}")
+    for name, stable in found.stability().items():
+        if stable:
+            share = f"{100 * stable.same_choice:.0f} %"
+            console.say(f"{name}: {share} of resamples would remove the same {drop}")
     console.document(found.to_json())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -167,15 +167,19 @@ def measure(
     model: str | Path,
     calibration: Calibration | None = None,
     *,
+    scorers: Sequence[str] = signals.SCORERS_DEFAULT,
+    drop: int = 1,
     revision: str | None = None,
     progress: Progress = SILENT,
 ) -> Measurement:
-    """Score the blocks of a model, compressed or not, by all scorers; ``model`` as for `run`.
+    """Score the blocks of a model, compressed or not, by ``scorers``; ``model`` as for `run`.
 
-    Raises `BadInput` for a model without tokenizer or blocks, or a text too short.
+    ``drop``: how many blocks the stability of the choice is about. Raises `BadInput` for a model
+    without tokenizer or blocks, a scorer that is not known, or a text too short.
     """
     checkpoint = room.open(room.resolve(str(model), revision, progress))
-    return signals.measure(checkpoint, calibration or Calibration(), progress)
+    text = calibration or Calibration()
+    return signals.measure(checkpoint, text, progress, scorers=scorers, drop=drop)
 
 
 def _plan(recipe: Recipe, checkpoint: Checkpoint, exact: bool = True) -> Plan:

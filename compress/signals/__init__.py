@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from compress.signals.blocks import block_input, find_blocks, run_base
-from compress.signals.collector import check_length, check_tokens, collect
+from compress.signals.angular import angular_distance
+from compress.signals.attention_entropy import attention_entropy
+from compress.signals.blocks import block_input, block_output, find_blocks, run_base
+from compress.signals.collector import check_length, check_scorers, check_tokens, collect
+from compress.signals.diffusion import diffusion_entropy
+from compress.signals.effective_rank import effective_rank
+from compress.signals.gaussian import gaussian_entropy
 from compress.signals.matrix_entropy import matrix_entropy
 from compress.signals.measurement import Measurement, load_float32, measure, summarize
 from compress.signals.nuclear_norm import nuclear_norm
-from compress.signals.table import SCORERS, BlockTable, protected_blocks
+from compress.signals.pq_index import pq_index
+from compress.signals.prediction import next_token_entropy
+from compress.signals.renyi import renyi_kernel_entropy, renyi_matrix_entropy
+from compress.signals.sinks import ordinary_tokens
+from compress.signals.table import SCORERS, SCORERS_DEFAULT, BlockTable, Stability, protected_blocks
 from compress.signals.text import load_text, windows
+from compress.signals.truncated import truncated_matrix_entropy
 from compress.signals.weights import (
     WeightEntropy,
     count_tops,
@@ -21,27 +31,42 @@ from compress.signals.weights import (
 
 __all__ = [
     "SCORERS",
+    "SCORERS_DEFAULT",
     "BlockTable",
     "Measurement",
+    "Stability",
     "WeightEntropy",
+    "angular_distance",
+    "attention_entropy",
     "block_input",
+    "block_output",
     "check_length",
+    "check_scorers",
     "check_tokens",
     "collect",
     "count_tops",
+    "diffusion_entropy",
+    "effective_rank",
     "entropy_bits",
     "exponent_counts",
     "find_blocks",
+    "gaussian_entropy",
     "has_exponents",
     "load_float32",
     "load_text",
     "matrix_entropy",
     "measure",
     "measure_weights",
+    "next_token_entropy",
     "nuclear_norm",
+    "ordinary_tokens",
+    "pq_index",
     "protected_blocks",
+    "renyi_kernel_entropy",
+    "renyi_matrix_entropy",
     "run_base",
     "summarize",
     "symbol_entropy",
+    "truncated_matrix_entropy",
     "windows",
 ]

@@ -22,7 +22,7 @@ def bucket_entropy(x: torch.Tensor, bins: int = BINS) -> float:
     n, d = x.shape
     low, high = x.aminmax(dim=0)
     scale = torch.where(high > low, bins / (high - low), 0)
-    index = ((x - low) * scale).long().clamp_(0, bins - 1)
-    index += torch.arange(0, d * bins, bins, device=x.device)
+    index = ((x - low) * scale).int().clamp_(0, bins - 1)
+    index += torch.arange(0, d * bins, bins, dtype=torch.int32, device=x.device)
     shares = torch.bincount(index.flatten(), minlength=d * bins).double() / n
     return -torch.xlogy(shares, shares).sum().item()

@@ -3,26 +3,52 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import BadInput
+from compress.errors import BadInput, did_you_mean
 from compress.progress import SILENT, Progress
+from compress.signals.angular import angular_distance
 from compress.signals.blocks import block_input, block_output, find_blocks, run_base
 from compress.signals.bucket import bucket_entropy
 from compress.signals.cosine import cosine_distance
+from compress.signals.diffusion import diffusion_entropy
+from compress.signals.effective_rank import effective_rank
+from compress.signals.gaussian import gaussian_entropy
 from compress.signals.knn import NEIGHBOURS, knn_entropy
+from compress.signals.matrix_entropy import matrix_entropy
 from compress.signals.norm_ratio import norm_ratio
+from compress.signals.nuclear_norm import nuclear_norm
+from compress.signals.ranks import share_out
+from compress.signals.renyi import renyi_kernel_entropy
 from compress.signals.sinks import ordinary_tokens, sinks_written
-from compress.signals.table import SCORERS, BlockTable
+from compress.signals.table import SCORERS, SCORERS_DEFAULT, BlockTable
 
 if TYPE_CHECKING:
     import torch
 
 MIN_LENGTH = 2 * NEIGHBOURS
+
+# Of a state: the score of a block is by how much its output has more than its input.
+_OF_A_STATE: dict[str, Callable[[torch.Tensor], float]] = {
+    "knn_entropy": knn_entropy,
+    "bucket_entropy": bucket_entropy,
+    "renyi_entropy": renyi_kernel_entropy,
+    "gaussian_entropy": gaussian_entropy,
+    "matrix_entropy": matrix_entropy,
+    "effective_rank": effective_rank,
+    "nuclear_norm": nuclear_norm,
+    "diffusion_entropy": diffusion_entropy,
+}
+# Of a block's input and output.
+_OF_A_PAIR: dict[str, Callable[[torch.Tensor, torch.Tensor], float]] = {
+    "cosine": cosine_distance,
+    "norm_ratio": norm_ratio,
+    "angular": angular_distance,
+}
 
 
 def collect(
@@ -30,32 +56,54 @@ def collect(
     tokens: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     *,
+    scorers: Sequence[str] = SCORERS_DEFAULT,
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> BlockTable:
     """Score the blocks of a transformers model on ``tokens``, int64 [sequences, length].
 
-    ``attention_mask``, of the same shape, is 0 for padding. Only a few numbers per block and
+    ``attention_mask``, of the same shape, is 0 for padding. ``scorers``: names out of `SCORERS`;
+    the default ones cost little beside the pass itself. Only a few numbers per block and
     sequence are kept. Every sequence runs by itself on one thread, ``threads`` (default: torch's
     number) of them side by side, so the result does not depend on how many there are; on a GPU they
-    run one after another. Raises `BadInput` for tokens that the model cannot take and, naming the
-    block, for activations that are not finite.
+    run one after another. Where `torch.distributed` is initialised, all its processes call this
+    alike: each takes a share of the sequences, and all get the same table. Raises `BadInput` for
+    unknown scorers, for tokens that the model cannot take and, naming the block, for activations
+    that are not finite.
     """
+    check_scorers(scorers)
+    check_tokens(model.config, tokens)
+    attended = tokens.new_ones(tokens.shape) if attention_mask is None else attention_mask
+
+    def measure(share: range) -> BlockTable:
+        part = slice(share.start, share.stop)
+        masked = attention_mask is not None
+        return _collect(model, tokens[part], attended[part], masked, scorers, threads, progress)
+
+    return share_out(len(tokens), measure)
+
+
+def _collect(
+    model: Any,
+    tokens: torch.Tensor,
+    attended: torch.Tensor,
+    masked: bool,
+    scorers: Sequence[str],
+    threads: int | None,
+    progress: Progress,
+) -> BlockTable:
     import torch
 
     blocks = find_blocks(model)
-    check_tokens(model.config, tokens)
     device = next(model.parameters()).device
-    attended = torch.ones_like(tokens) if attention_mask is None else attention_mask
     current = threading.local()
     rows: list[_Window] = []
 
     def run(index: int) -> _Window:
-        window = current.window = _Window(attended[index].bool().to(device))
+        window = current.window = _Window(attended[index].bool().to(device), scorers)
         row = slice(index, index + 1)
-        mask = None if attention_mask is None else attention_mask[row].to(device)
         with torch.inference_mode():
-            run_base(model, tokens[row].to(device), mask)
+            run_base(model, tokens[row].to(device), attended[row].to(device) if masked else None)
         return window
 
     workers = 1 if device.type != "cpu" else min(threads or torch.get_num_threads(), len(tokens))
@@ -64,7 +112,7 @@ def collect(
         _one_thread_each(),
         progress.step("calibrating", tokens.numel(), "tokens") as step,
     ):
-        pool = ThreadPoolExecutor(workers)
+        pool = ThreadPoolExecutor(max(1, workers))
         try:
             for window in pool.map(run, range(len(tokens))):
                 rows.append(window)
@@ -74,10 +122,17 @@ def collect(
     return BlockTable(
         {
             scorer: [[row.scores[block][scorer] for row in rows] for block in range(len(blocks))]
-            for scorer in SCORERS
+            for scorer in scorers
         },
         [[row.sinks[block] for row in rows] for block in range(len(blocks))],
     )
+
+
+def check_scorers(scorers: Collection[str]) -> None:
+    """Raise `BadInput` for a name that no scorer has."""
+    for scorer in scorers:
+        if scorer not in SCORERS:
+            raise BadInput(f"unknown scorer '{scorer}'", mend=did_you_mean(scorer, SCORERS))
 
 
 def check_tokens(config: Any, tokens: torch.Tensor) -> None:
@@ -108,20 +163,20 @@ def check_length(config: Any, length: int) -> None:
 class _Window:
     """One sequence on its way through the blocks."""
 
-    def __init__(self, attended: torch.Tensor) -> None:
+    def __init__(self, attended: torch.Tensor, scorers: Sequence[str]) -> None:
         self.scores: list[dict[str, float]] = []
         self.sinks: list[int] = []
         self._attended = attended
+        self._scorers = scorers
         self._input: torch.Tensor
-        self._last: tuple[torch.Tensor, torch.Tensor, tuple[float, float]] | None = None
+        self._last: tuple[torch.Tensor, torch.Tensor, dict[str, float]] | None = None
 
     def enter(self, state: torch.Tensor) -> None:
-        # A copy: a block may add to its input in place.
-        self._input = state[0].float().clone()
+        self._input = _copy(state[0])
 
     def leave(self, block: int, state: torch.Tensor) -> None:
-        x, y = self._input, state[0].float()
-        if not (x.isfinite().all() and y.isfinite().all()):
+        x, y = self._input, _copy(state[0])
+        if not (_finite(x) and _finite(y)):
             raise BadInput(
                 "activations are not finite", where=f"block {block}", got="NaN or infinity"
             )
@@ -134,26 +189,38 @@ class _Window:
                 expected=f"more than {NEIGHBOURS}",
                 mend="use longer windows",
             )
-        before, after = self._entropies(x, keep), _entropies(y[keep])
-        self._last = (keep, y, after)
+        kept = keep.nonzero().flatten()
+        before, after = x.index_select(0, kept), y.index_select(0, kept)
+        # The input is mostly the output of the block before, measured already.
+        known = self._last and self._last[0].equal(keep) and self._last[1].equal(x)
+        low = self._last[2] if self._last and known else self._of_a_state(before)
+        high = self._of_a_state(after)
+        self._last = keep, y, high
         self.sinks.append(sinks_written(x, y, self._attended))
-        scores = (
-            after[0] - before[0],
-            after[1] - before[1],
-            cosine_distance(x[keep], y[keep]),
-            norm_ratio(x[keep], y[keep]),
+        self.scores.append(
+            {
+                scorer: high[scorer] - low[scorer]
+                if scorer in high
+                else _OF_A_PAIR[scorer](before, after)
+                for scorer in self._scorers
+            }
         )
-        self.scores.append(dict(zip(SCORERS, scores, strict=True)))
 
-    def _entropies(self, x: torch.Tensor, keep: torch.Tensor) -> tuple[float, float]:
-        """Those of the input: mostly what was found for the output of the block before."""
-        if self._last and self._last[0].equal(keep) and self._last[1].equal(x):
-            return self._last[2]
-        return _entropies(x[keep])
+    def _of_a_state(self, x: torch.Tensor) -> dict[str, float]:
+        return {scorer: _OF_A_STATE[scorer](x) for scorer in self._scorers if scorer in _OF_A_STATE}
 
 
-def _entropies(x: torch.Tensor) -> tuple[float, float]:
-    return knn_entropy(x), bucket_entropy(x)
+def _copy(state: torch.Tensor) -> torch.Tensor:
+    """A copy, even of a float32: blocks, and models between them, may add to a state in place."""
+    import torch
+
+    return state.to(torch.float32, copy=True)
+
+
+def _finite(x: torch.Tensor) -> bool:
+    """NaN and infinity show in the extremes, which are found sooner than every number is asked."""
+    low, high = x.aminmax()
+    return bool(low.isfinite() and high.isfinite())
 
 
 @contextmanager

@@ -30,7 +30,16 @@ def knn_entropy(x: torch.Tensor, k: int = NEIGHBOURS) -> float:
     squares = centred.square().sum(dim=1)
     distances = torch.addmm(squares, centred, centred.T, alpha=-2).add_(squares[:, None])
     distances.fill_diagonal_(math.inf)
-    radii = distances.kthvalue(k, dim=1).values.clamp_min(0).sqrt()
+    radii = _smallest(distances, k).clamp_min(0).sqrt()
     log_radius = radii.double().add(1e-10).log().mean().item()
     volume = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1)
     return d * log_radius + volume + math.log(n) - math.log(k)
+
+
+def _smallest(distances: torch.Tensor, k: int) -> torch.Tensor:
+    """The ``k``-th smallest of each row, whose order is lost."""
+    if distances.device.type != "cpu":
+        return distances.kthvalue(k, dim=1).values
+    # numpy selects several times as fast as torch does on a CPU.
+    distances.detach().numpy().partition(k - 1, axis=1)
+    return distances[:, k - 1]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
 from compress.progress import SILENT, Progress
-from compress.signals.collector import collect
-from compress.signals.table import SCORERS, BlockTable, protected_blocks, significant
+from compress.signals.collector import check_scorers, collect
+from compress.signals.table import (
+    SCORERS_DEFAULT,
+    BlockTable,
+    Stability,
+    protected_blocks,
+    significant,
+)
 from compress.signals.text import windows
 
 AGREE = 0.8
@@ -33,21 +40,25 @@ class CalibrationText(Protocol):
 
 @dataclass(frozen=True)
 class Measurement:
-    """The outcome of `measure`: the table, and how to show it to people and programs."""
+    """The outcome of `measure`: the table, and how to show it to people and programs.
+
+    ``drop``: how many blocks the choice would be of whose stability is asked.
+    """
 
     table: BlockTable
     protected: frozenset[int]
+    drop: int = 1
 
     @property
     def header(self) -> tuple[str, ...]:
         """The titles of `rows`."""
-        return ("block", *SCORERS, "note")
+        return ("block", *self.table.values, "note")
 
     def rows(self) -> list[tuple[str, ...]]:
         """A line per block: for each scorer the score, its standard error and its place in line."""
         table = self.table
         columns = []
-        for scorer in SCORERS:
+        for scorer in table.values:
             order = table.order(scorer, self.protected)
             means, errors = table.means(scorer), table.errors(scorer)
             columns.append([_cell(means[i], errors[i], i, order) for i in range(table.blocks)])
@@ -56,7 +67,7 @@ class Measurement:
 
     def orders(self) -> dict[str, list[int]]:
         """By scorer the blocks that it would remove, the first to go first."""
-        return {scorer: self.table.order(scorer, self.protected) for scorer in SCORERS}
+        return {scorer: self.table.order(scorer, self.protected) for scorer in self.table.values}
 
     def agreement(self) -> dict[str, float | None]:
         """Spearman's rank correlation of each two scorers (`BlockTable.agreement`)."""
@@ -67,10 +78,22 @@ class Measurement:
         pairs = [(rho, pair) for pair, rho in self.agreement().items() if rho and rho >= AGREE]
         return [pair for _, pair in sorted(pairs, key=lambda item: (-item[0], item[1]))]
 
+    def stability(self) -> dict[str, Stability | None]:
+        """By scorer, how firm its choice of ``drop`` blocks is (`BlockTable.stability`)."""
+        return {
+            scorer: self.table.stability(scorer, self.protected, self.drop)
+            for scorer in self.table.values
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Everything as plain data, the values of each sequence included."""
         return {
             **summarize(self.table, self.protected),
+            "drop": self.drop,
+            "stability": {
+                scorer: found and {"same_choice": found.same_choice, "ranks": found.ranks}
+                for scorer, found in self.stability().items()
+            },
             "values": {
                 scorer: [[significant(value) for value in row] for row in rows]
                 for scorer, rows in self.table.values.items()
@@ -86,13 +109,19 @@ class Measurement:
 
 
 def measure(
-    checkpoint: Checkpoint, calibration: CalibrationText, progress: Progress = SILENT
+    checkpoint: Checkpoint,
+    calibration: CalibrationText,
+    progress: Progress = SILENT,
+    *,
+    scorers: Sequence[str] = SCORERS_DEFAULT,
+    drop: int = 1,
 ) -> Measurement:
-    """Score the blocks of a model, decoder or encoder, compressed or not, by all scorers.
+    """Score the blocks of a model, decoder or encoder, compressed or not, by ``scorers``.
 
-    Raises `BadInput` where the model has no tokenizer or no single stack of blocks, and as
-    `windows` and `collect` do.
+    ``drop``: see `Measurement`. Raises `BadInput` where the model has no tokenizer or no single
+    stack of blocks, and as `windows` and `collect` do.
     """
+    check_scorers(scorers)
     tokens = windows(
         calibration.data,
         checkpoint.tokenizer(),
@@ -100,8 +129,8 @@ def measure(
         calibration.length,
         calibration.seed,
     )
-    table = collect(load_float32(checkpoint), tokens, progress=progress)
-    return Measurement(table, protected_blocks(table.blocks))
+    table = collect(load_float32(checkpoint), tokens, scorers=scorers, progress=progress)
+    return Measurement(table, protected_blocks(table.blocks), drop)
 
 
 def load_float32(checkpoint: Checkpoint) -> Any:
@@ -128,9 +157,9 @@ def summarize(table: BlockTable, protected: frozenset[int]) -> dict[str, Any]:
     return {
         "blocks": table.blocks,
         "sequences": table.sequences,
-        "scores": {scorer: table.means(scorer) for scorer in SCORERS},
-        "standard_errors": {scorer: table.errors(scorer) for scorer in SCORERS},
-        "orders": {scorer: table.order(scorer, protected) for scorer in SCORERS},
+        "scores": {scorer: table.means(scorer) for scorer in table.values},
+        "standard_errors": {scorer: table.errors(scorer) for scorer in table.values},
+        "orders": {scorer: table.order(scorer, protected) for scorer in table.values},
         "agreement": table.agreement(protected),
         "protected": sorted(protected),
         "sink_writers": [block for block in range(table.blocks) if table.writes_sink(block)],

@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 from compress.errors import BadInput
 
-SCORERS = ("knn_entropy", "bucket_entropy", "cosine", "norm_ratio")
+SCORERS = (
+    "knn_entropy",
+    "bucket_entropy",
+    "renyi_entropy",
+    "gaussian_entropy",
+    "matrix_entropy",
+    "effective_rank",
+    "nuclear_norm",
+    "diffusion_entropy",
+    "cosine",
+    "norm_ratio",
+    "angular",
+)
+SCORERS_DEFAULT = ("knn_entropy", "bucket_entropy", "cosine", "norm_ratio")
+_TAIL = 0.05  # on either side of a rank interval
+
+
+@dataclass(frozen=True)
+class Stability:
+    """What a scorer's choice owes to the calibration sequences that were drawn.
+
+    ``same_choice``: the share of resamples in which the scorer removes the same blocks. ``ranks``:
+    for each block the first and last place in the order of removal, counted from 1, of the middle
+    90 % of resamples; None for protected blocks.
+    """
+
+    same_choice: float
+    ranks: list[tuple[int, int] | None]
 
 
 @dataclass(frozen=True)
 class BlockTable:
     """Scores by scorer, block and calibration sequence. A low score means: can be removed.
 
-    ``knn_entropy`` and ``bucket_entropy`` are increases in nats from a block's input to its output.
-    ``sinks`` holds for each block and sequence how many tokens the block makes massive.
+    All but ``cosine``, ``norm_ratio`` and ``angular`` are increases from a block's input to its
+    output. ``sinks`` holds for each block and sequence how many tokens the block makes massive.
     """
 
     values: Mapping[str, Sequence[Sequence[float]]]
@@ -56,6 +85,50 @@ class BlockTable:
         means, kept = self.means(scorer), protected_blocks(self.blocks, protect)
         candidates = (block for block in range(self.blocks) if block not in kept)
         return sorted(candidates, key=lambda block: (self.writes_sink(block), means[block], block))
+
+    def merge(self, other: BlockTable) -> BlockTable:
+        """The table of this one's sequences followed by those of ``other``.
+
+        Raises `ValueError` where the two differ in blocks or scorers.
+        """
+        if self.blocks != other.blocks or self.values.keys() != other.values.keys():
+            raise ValueError("tables of other blocks or scorers do not merge")
+        return BlockTable(
+            {scorer: _join(rows, other.values[scorer]) for scorer, rows in self.values.items()},
+            _join(self.sinks, other.sinks),
+        )
+
+    def stability(
+        self,
+        scorer: str,
+        protect: Collection[int] | None = None,
+        drop: int = 1,
+        *,
+        resamples: int = 200,
+        seed: int = 0,
+    ) -> Stability | None:
+        """How firm the choice of ``drop`` blocks is; None for a single sequence.
+
+        Bootstrap: the sequences are drawn anew with replacement, and `order` taken of each draw.
+        With few sequences it is optimistic, as any bootstrap.
+        """
+        if self.sequences < 2:
+            return None
+        chance = random.Random(seed)
+        chosen = set(self.order(scorer, protect)[:drop])
+        same, places = 0, [list[int]() for _ in range(self.blocks)]
+        for _ in range(resamples):
+            drawn = chance.choices(range(self.sequences), k=self.sequences)
+            order = self._of(scorer, drawn).order(scorer, protect)
+            same += set(order[:drop]) == chosen
+            for place, block in enumerate(order, 1):
+                places[block].append(place)
+        return Stability(significant(same / resamples), [_interval(found) for found in places])
+
+    def _of(self, scorer: str, drawn: Sequence[int]) -> BlockTable:
+        """One scorer's table of the sequences ``drawn``."""
+        rows = [[row[i] for i in drawn] for row in self.values[scorer]]
+        return BlockTable({scorer: rows}, [[row[i] for i in drawn] for row in self.sinks])
 
     def agreement(self, protect: Collection[int] | None = None) -> dict[str, float | None]:
         """Spearman's rank correlation of each two scorers over the blocks that are not protected.
@@ -98,6 +171,15 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 def significant(value: float, digits: int = 6) -> float:
     """``value`` to so many significant digits: the last ones of a float sum mean nothing."""
     return float(f"{value:.{digits}g}")
+
+
+def _join(rows: Sequence[Sequence[Any]], more: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    return [[*row, *further] for row, further in zip(rows, more, strict=True)]
+
+
+def _interval(places: Sequence[int]) -> tuple[int, int] | None:
+    ordered, cut = sorted(places), int(_TAIL * len(places))
+    return (ordered[cut], ordered[-1 - cut]) if places else None
 
 
 def _ranks(values: Sequence[float]) -> list[float]:

@@ -23,7 +23,7 @@ from compress.prune import (
     stale_patterns,
 )
 from compress.signals import (
-    SCORERS,
+    SCORERS_DEFAULT,
     BlockTable,
     check_length,
     collect,
@@ -44,12 +44,26 @@ from compress.stages.base import (
     total_nbytes,
 )
 
+Scorer = Literal[
+    "knn_entropy",
+    "bucket_entropy",
+    "renyi_entropy",
+    "gaussian_entropy",
+    "matrix_entropy",
+    "effective_rank",
+    "nuclear_norm",
+    "diffusion_entropy",
+    "cosine",
+    "norm_ratio",
+    "angular",
+]
+
 
 class PruneBlocksConfig(StageConfig):
     """``protect``: indices of blocks that stay; by default the first two and the last."""
 
     drop: int = Field(ge=1)
-    scorer: Literal["knn_entropy", "bucket_entropy", "cosine", "norm_ratio"] = "knn_entropy"
+    scorer: Scorer = "knn_entropy"
     protect: list[Annotated[int, Field(ge=0)]] | None = None
 
 
@@ -98,7 +112,14 @@ class PruneBlocks:
         text = workspace.calibration
         tokens = windows(text.data, checkpoint.tokenizer(), text.sequences, text.length, text.seed)
         model = load_float32(checkpoint)
-        table = collect(model, tokens, threads=workspace.threads, progress=workspace.progress)
+        scorers = list(dict.fromkeys((*SCORERS_DEFAULT, config.scorer)))
+        table = collect(
+            model,
+            tokens,
+            scorers=scorers,
+            threads=workspace.threads,
+            progress=workspace.progress,
+        )
         removed = choose(table, config.scorer, config.drop, config.protect)
         expected = output_without(model, tokens[0], removed)
         del model  # before the pruned one is loaded
@@ -129,13 +150,15 @@ def _metrics(
     config: PruneBlocksConfig,
     removed: list[int],
 ) -> dict[str, Any]:
-    """All scorers' findings, and which blocks each would have removed."""
+    """All scorers' findings, which blocks each would have removed, and how sure the choice is."""
+    stability = table.stability(config.scorer, config.protect, config.drop)
     return {
         **summarize(table, protected_blocks(table.blocks, config.protect)),
         "removed": removed,
         "would_remove": {
-            scorer: choose(table, scorer, config.drop, config.protect) for scorer in SCORERS
+            scorer: choose(table, scorer, config.drop, config.protect) for scorer in table.values
         },
+        "stability": stability and {"same_choice": stability.same_choice, "ranks": stability.ranks},
         "bytes_in": total_nbytes(before),
         "bytes_out": total_nbytes(after),
     }

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.errors import BadInput
-from compress.signals import SCORERS, BlockTable, Measurement, protected_blocks
+from compress.signals import BlockTable, Measurement, protected_blocks
+from compress.signals.table import SCORERS_DEFAULT as SCORERS
 from compress.signals.table import spearman
 
 

@@ -13,11 +13,19 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 from compress import checkpoint as room
 from compress import signals
 from compress.errors import BadInput
-from compress.signals import SCORERS, BlockTable, collect, find_blocks
+from compress.signals import BlockTable, collect, find_blocks
+from compress.signals.angular import angular_distance
 from compress.signals.bucket import bucket_entropy
 from compress.signals.cosine import cosine_distance
+from compress.signals.diffusion import diffusion_entropy
+from compress.signals.effective_rank import effective_rank
+from compress.signals.gaussian import gaussian_entropy
 from compress.signals.knn import knn_entropy
+from compress.signals.matrix_entropy import matrix_entropy
 from compress.signals.norm_ratio import norm_ratio
+from compress.signals.nuclear_norm import nuclear_norm
+from compress.signals.renyi import renyi_kernel_entropy
+from compress.signals.table import SCORERS, SCORERS_DEFAULT
 
 SIZES = {
     "vocab_size": 97,
@@ -28,6 +36,17 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 TOKENS = torch.randint(97, (3, 60), generator=torch.Generator().manual_seed(0))
+OF_A_STATE = {
+    "knn_entropy": knn_entropy,
+    "bucket_entropy": bucket_entropy,
+    "renyi_entropy": renyi_kernel_entropy,
+    "gaussian_entropy": gaussian_entropy,
+    "matrix_entropy": matrix_entropy,
+    "effective_rank": effective_rank,
+    "nuclear_norm": nuclear_norm,
+    "diffusion_entropy": diffusion_entropy,
+}
+OF_A_PAIR = {"cosine": cosine_distance, "norm_ratio": norm_ratio, "angular": angular_distance}
 
 
 @pytest.fixture
@@ -52,23 +71,43 @@ def direct(model: Any, tokens: torch.Tensor) -> dict[str, list[list[float]]]:
     states = [*states[:-1], *last]
     for x, y in pairwise(states):
         pairs = [(a[1:], b[1:]) for a, b in zip(x, y, strict=True)]
-        values["knn_entropy"].append([knn_entropy(b) - knn_entropy(a) for a, b in pairs])
-        values["bucket_entropy"].append([bucket_entropy(b) - bucket_entropy(a) for a, b in pairs])
-        values["cosine"].append([cosine_distance(a, b) for a, b in pairs])
-        values["norm_ratio"].append([norm_ratio(a, b) for a, b in pairs])
+        for scorer, entropy in OF_A_STATE.items():
+            values[scorer].append([entropy(b) - entropy(a) for a, b in pairs])
+        for scorer, distance in OF_A_PAIR.items():
+            values[scorer].append([distance(a, b) for a, b in pairs])
     return values
 
 
 def assert_close(table: BlockTable, values: dict[str, list[list[float]]]) -> None:
-    for scorer in SCORERS:
-        for found, expected in zip(table.values[scorer], values[scorer], strict=True):
+    for scorer, rows in table.values.items():
+        for found, expected in zip(rows, values[scorer], strict=True):
             assert found == pytest.approx(expected, rel=1e-3, abs=1e-3), scorer
 
 
 def test_the_pass_finds_what_all_hidden_states_give(model: LlamaForCausalLM) -> None:
-    table = collect(model, TOKENS)
+    table = collect(model, TOKENS, scorers=SCORERS)
+    assert tuple(table.values) == SCORERS
     assert_close(table, direct(model, TOKENS))
     assert table.sinks == [[0] * 3] * 5
+
+
+def test_any_scorers_in_any_company_find_the_same(model: LlamaForCausalLM) -> None:
+    every = collect(model, TOKENS, scorers=SCORERS)
+    default = collect(model, TOKENS)
+    assert tuple(default.values) == SCORERS_DEFAULT
+    for table in (default, collect(model, TOKENS, scorers=["angular", "effective_rank"])):
+        assert table.values == {scorer: every.values[scorer] for scorer in table.values}
+        assert table.sinks == every.sinks
+
+
+def test_an_unknown_scorer_gets_a_hint(model: LlamaForCausalLM) -> None:
+    with pytest.raises(BadInput, match="scorer 'renyi_entropi'; did you mean 'renyi_entropy'"):
+        collect(model, TOKENS, scorers=["cosine", "renyi_entropi"])
+
+
+def test_tables_of_two_parts_merge_into_that_of_the_whole(model: LlamaForCausalLM) -> None:
+    parts = [collect(model, part, scorers=SCORERS) for part in (TOKENS[:1], TOKENS[1:])]
+    assert parts[0].merge(parts[1]) == collect(model, TOKENS, scorers=SCORERS)
 
 
 def test_the_result_does_not_depend_on_threads_and_leaves_the_model_alone(
@@ -111,11 +150,28 @@ def test_what_happens_between_and_inside_blocks_is_told_apart(model: LlamaForCau
     assert doubled[2][0] == pytest.approx(increase, rel=1e-3)
 
 
+def test_a_state_changed_in_place_between_blocks_is_measured_anew(model: LlamaForCausalLM) -> None:
+    def double(module: Any, args: Any) -> None:
+        args[0].mul_(2)
+
+    block = find_blocks(model)[2]
+    hook = block.register_forward_pre_hook(double)
+    table = collect(model, TOKENS[:1])
+    hook.remove()
+    states: list[torch.Tensor] = []
+    block.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+    block.register_forward_hook(lambda module, args, output: states.extend([args[0], output]))
+    with torch.no_grad():
+        model(TOKENS[:1])
+    increase = knn_entropy(states[1][0, 1:]) - knn_entropy(states[0][0, 1:])
+    assert table.values["knn_entropy"][2][0] == pytest.approx(increase, rel=1e-3)
+
+
 def test_padding_is_masked(model: LlamaForCausalLM) -> None:
     mask = torch.ones_like(TOKENS)
     mask[:, 52:] = 0
-    padded = collect(model, TOKENS.masked_fill(mask == 0, 5), mask)
-    assert_close(padded, dict(collect(model, TOKENS[:, :52]).values))
+    padded = collect(model, TOKENS.masked_fill(mask == 0, 5), mask, scorers=SCORERS)
+    assert_close(padded, dict(collect(model, TOKENS[:, :52], scorers=SCORERS).values))
 
 
 def test_who_writes_a_sink_is_seen(model: LlamaForCausalLM) -> None:
@@ -172,7 +228,7 @@ def test_other_families_have_blocks_too(family: str) -> None:
     config = AutoConfig.for_model(family, **{**aliases, "vocab_size": 97})
     table = collect(AutoModel.from_config(config).eval(), TOKENS)
     assert table.blocks == 5
-    assert all(len(table.values[scorer][0]) == 3 for scorer in SCORERS)
+    assert all(len(table.values[scorer][0]) == 3 for scorer in SCORERS_DEFAULT)
 
 
 @pytest.mark.parametrize("family", ["t5", "albert"])
@@ -203,6 +259,17 @@ def test_measure_from_a_checkpoint(make_llama: Callable[..., Path], tmp_path: Pa
     found = signals.measure(checkpoint, Text())
     assert found.table.blocks == 4
     assert found.protected == {0, 1, 3}
-    assert found.orders() == {scorer: [2] for scorer in SCORERS}
+    assert found.orders() == {scorer: [2] for scorer in SCORERS_DEFAULT}
     assert found == signals.measure(checkpoint, Text())
     assert found != signals.measure(checkpoint, Text(seed=1))
+
+
+def test_measure_what_is_asked_for(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = room.open(make_llama(tmp_path, num_hidden_layers=5))
+    scorers = ("angular", "gaussian_entropy")
+    found = signals.measure(checkpoint, Text(), scorers=scorers, drop=2)
+    assert found.header == ("block", *scorers, "note")
+    assert set(found.stability()) == set(found.to_json()["scores"]) == set(scorers)
+    assert found.to_json()["stability"]["angular"]["same_choice"] == 1  # both that may go
+    with pytest.raises(BadInput, match="unknown scorer"):
+        signals.measure(checkpoint, Text(), scorers=["cosin"])

@@ -14,7 +14,7 @@ from compress import checkpoint as room
 from compress import stages
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
-from compress.signals import SCORERS
+from compress.signals import SCORERS_DEFAULT
 from compress.stages import Calibration, StageReport, Workspace
 
 STAGE = stages.get("prune_blocks")
@@ -67,7 +67,7 @@ def test_the_output_is_that_of_the_model_without_the_blocks(
     assert torch.equal(ours.view(torch.int16), theirs.view(torch.int16))
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", SCORERS_DEFAULT)
 def test_the_scorer_decides_and_the_others_are_reported(
     scorer: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -77,7 +77,7 @@ def test_the_scorer_decides_and_the_others_are_reported(
     scores = metrics["scores"][scorer]
     lowest = sorted((2, 3, 4), key=lambda block: scores[block])[:2]
     assert metrics["removed"] == sorted(lowest)
-    assert set(metrics["would_remove"]) == set(metrics["scores"]) == set(SCORERS)
+    assert set(metrics["would_remove"]) == set(metrics["scores"]) == set(SCORERS_DEFAULT)
     assert len(metrics["agreement"]) == 6
     assert ", ".join(map(str, metrics["removed"])) in report.summary
     assert scorer in report.summary
@@ -185,3 +185,12 @@ def test_a_model_without_a_tokenizer(make_llama: Callable[..., Path], tmp_path: 
     with pytest.raises(BadInput, match="no tokenizer"):
         prune(tmp_path / "model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_every_scorer_can_be_named() -> None:
+    from typing import get_args
+
+    from compress.signals import SCORERS
+    from compress.stages.prune_blocks import Scorer
+
+    assert get_args(Scorer) == SCORERS
