@@ -294,6 +294,7 @@ def _manifest(
         "stages": [
             report.model_dump(mode="json", exclude={"tensors", "renamed"})
             | {"removed": [_original(name, reports[:i]) for name in report.removed]}
+            | {"changed": [_original(name, reports[: i + 1]) for name in report.changed]}
             for i, report in enumerate(reports)
         ],
         "tensors": _tensor_records(outcome, reports, progress),

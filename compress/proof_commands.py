@@ -37,7 +37,7 @@ def verify(path: str, against: str | None, revision: str | None, as_json: bool) 
         console.say(fault)
     for title, names in (
         (f"removed from {report.against}", report.dropped),
-        ("not compared, since their dtype was changed", report.not_compared),
+        ("not compared, since a stage changed them", report.not_compared),
     ):
         if names:
             console.say(f"{title}: {len(names)} tensors, {names[0]} first")

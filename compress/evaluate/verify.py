@@ -22,7 +22,7 @@ class VerifyReport:
 
     ``nbytes``: decoded bytes of the ``tensors`` tensors that were read. Compared with an original:
     ``dropped`` are its tensors that a stage removed, by their names in it; ``not_compared`` those
-    here whose dtype a stage changed, so that nothing can be said of their bytes.
+    here whose dtype or values a stage changed, so that nothing can be said of their bytes.
     """
 
     path: Path
@@ -119,7 +119,7 @@ def _compare(
     records = manifest["tensors"]
     origins = {record.get("from", name): name for name, record in records.items()}
     infos = original.tensor_infos()
-    missing, removed = infos.keys() - origins.keys(), _removed(manifest)
+    missing, removed = infos.keys() - origins.keys(), _listed(manifest, "removed")
     report.dropped.extend(sorted(missing & removed))
     report.faults.extend(
         f"{name}: in the original but not here" for name in sorted(missing - removed)
@@ -135,12 +135,13 @@ def _compare(
         for name in sorted(origins.keys() - infos.keys())
     )
     common = [info for name, info in infos.items() if name in origins]
+    changed = _listed(manifest, "changed")
 
     def fault(info: TensorInfo) -> str | None:
         name = origins[info.name]
         record = records[name]
         same = record["shape"] == list(info.shape)
-        if same and record["dtype"] != info.dtype and not lossless:
+        if same and not lossless and (record["dtype"] != info.dtype or info.name in changed):
             report.not_compared.append(name)
             return None
         same = same and record["dtype"] == info.dtype
@@ -153,9 +154,9 @@ def _compare(
     report.faults.extend(_sidecar_faults(original, manifest))
 
 
-def _removed(manifest: dict[str, Any]) -> set[str]:
-    """The original's tensors that some stage took out."""
-    lists = [stage.get("removed") for stage in manifest["stages"] if isinstance(stage, dict)]
+def _listed(manifest: dict[str, Any], member: str) -> set[str]:
+    """The original's tensors that some stage says it ``removed`` or ``changed``."""
+    lists = [stage.get(member) for stage in manifest["stages"] if isinstance(stage, dict)]
     return {str(name) for names in lists if isinstance(names, list) for name in names}
 
 

@@ -19,14 +19,19 @@ def choose(
     return sorted(table.order(scorer, protect)[:drop])
 
 
-def check_drop(blocks: int, drop: int, protect: Collection[int] | None = None) -> None:
+def check_drop(
+    blocks: int,
+    drop: int,
+    protect: Collection[int] | None = None,
+    where: str = "prune_blocks.drop",
+) -> None:
     """Raise `BadInput` where fewer than ``drop`` blocks may go, or none would be left."""
     protected = protected_blocks(blocks, protect)
     most = min(blocks - len(protected), blocks - 1)
     if drop > most:
         raise BadInput(
             f"cannot remove {drop} of {blocks} blocks, {len(protected)} of them protected",
-            where="prune_blocks.drop",
+            where=where,
             got=drop,
             expected=f"at most {most}",
         )

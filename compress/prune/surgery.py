@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from compress.checkpoint import Checkpoint, NewTensor, TensorInfo, rewrite
+from compress.checkpoint import FLOATS, Checkpoint, NewTensor, TensorInfo, rewrite
 from compress.errors import BadInput
 from compress.progress import SILENT, Progress
 from compress.prune.settings import block_count, cut_config
+
+if TYPE_CHECKING:
+    import torch
 
 _NUMBERED = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)(?=\.)")
 
@@ -65,13 +69,21 @@ def find_stack(names: Iterable[str], count: int) -> BlockStack:
 
 
 def remove_blocks(
-    checkpoint: Checkpoint, removed: Collection[int], directory: Path, progress: Progress = SILENT
+    checkpoint: Checkpoint,
+    removed: Collection[int],
+    directory: Path,
+    progress: Progress = SILENT,
+    *,
+    replace: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[Checkpoint, dict[str, str], list[str]]:
     """Write the checkpoint without the blocks ``removed``; the others move up and keep every bit.
 
-    A coded checkpoint is decoded on the way. Returns the new checkpoint, by new name the old one of
-    every tensor that was renamed, and the names of those that are gone. Raises `BadInput` as
-    `find_stack` and `cut_config`, and as `rewrite`.
+    Except the tensors of ``replace``, by their names in the checkpoint: these are stored in place
+    of what is there, rounded to its dtype. A coded checkpoint is decoded on the way.
+
+    Returns the new checkpoint, by new name the old one of every tensor that was renamed, and the
+    names of those that are gone. Raises `BadInput` for a replacement that has no place or does not
+    fit into it, as `find_stack` and `cut_config`, and as `rewrite`.
     """
     infos = checkpoint.tensor_infos()
     stack = find_stack(infos, block_count(checkpoint.config))
@@ -84,10 +96,14 @@ def remove_blocks(
             names[name] = name
         else:
             names[name] = stack.renumbered(name, places[block]) if block in places else None
+    new = {name: _stored(name, value, infos) for name, value in (replace or {}).items()}
+    if gone := [name for name in new if names[name] is None]:
+        raise BadInput("cannot replace a tensor of a removed block", where=gone[0])
 
     def survivor(info: TensorInfo) -> Iterator[NewTensor]:
         if name := names[info.name]:
-            yield NewTensor(name, info.dtype, info.shape, checkpoint.chunks(info.name))
+            chunks = [new[info.name]] if info.name in new else checkpoint.chunks(info.name)
+            yield NewTensor(name, info.dtype, info.shape, chunks)
 
     pruned, _ = rewrite(
         checkpoint,
@@ -100,3 +116,21 @@ def remove_blocks(
     )
     renamed = {new: old for old, new in names.items() if new and new != old}
     return pruned, renamed, [old for old, new in names.items() if new is None]
+
+
+def _stored(name: str, value: torch.Tensor, infos: Mapping[str, TensorInfo]) -> memoryview:
+    """The bytes of a tensor that takes the place of the one of that name."""
+    import torch
+
+    info = infos.get(name)
+    if info is None or info.dtype not in FLOATS or info.shape != value.shape:
+        raise BadInput(
+            "cannot replace a tensor",
+            where=name,
+            got=f"{list(value.shape)}",
+            expected=f"{info.dtype} {list(info.shape)}" if info else "a tensor of that name",
+        )
+    stored = value.detach().cpu().to(getattr(torch, FLOATS[info.dtype])).contiguous()
+    if not stored.isfinite().all():
+        raise BadInput(f"the replacement is not finite in {info.dtype}", where=name)
+    return memoryview(stored.view(torch.uint8).numpy())

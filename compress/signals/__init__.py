@@ -5,7 +5,7 @@ from __future__ import annotations
 from compress.signals.angular import angular_distance
 from compress.signals.attention_entropy import attention_entropy
 from compress.signals.blocks import block_input, block_output, find_blocks, run_base
-from compress.signals.collector import check_length, check_scorers, check_tokens, collect
+from compress.signals.collector import Part, check_length, check_scorers, check_tokens, collect
 from compress.signals.diffusion import diffusion_entropy
 from compress.signals.effective_rank import effective_rank
 from compress.signals.gaussian import gaussian_entropy
@@ -34,6 +34,7 @@ __all__ = [
     "SCORERS_DEFAULT",
     "BlockTable",
     "Measurement",
+    "Part",
     "Stability",
     "WeightEntropy",
     "angular_distance",

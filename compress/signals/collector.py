@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -51,18 +52,32 @@ _OF_A_PAIR: dict[str, Callable[[torch.Tensor, torch.Tensor], float]] = {
 }
 
 
+@dataclass(frozen=True)
+class Part:
+    """A piece of a block, by the modules whose outputs are added to the residual stream.
+
+    It is scored on the block's input with what ``before`` adds, and on that with what ``module``
+    adds.
+    """
+
+    module: torch.nn.Module
+    before: torch.nn.Module | None = None
+
+
 def collect(
     model: Any,
     tokens: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     *,
+    parts: Sequence[Part] | None = None,
     scorers: Sequence[str] = SCORERS_DEFAULT,
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> BlockTable:
     """Score the blocks of a transformers model on ``tokens``, int64 [sequences, length].
 
-    ``attention_mask``, of the same shape, is 0 for padding. ``scorers``: names out of `SCORERS`;
+    ``parts``: one of each block, to score those and not whole blocks. ``attention_mask``, of the
+    shape of ``tokens``, is 0 for padding. ``scorers``: names out of `SCORERS`;
     the default ones cost little beside the pass itself. Only a few numbers per block and
     sequence are kept. Every sequence runs by itself on one thread, ``threads`` (default: torch's
     number) of them side by side, so the result does not depend on how many there are; on a GPU they
@@ -78,7 +93,9 @@ def collect(
     def measure(share: range) -> BlockTable:
         part = slice(share.start, share.stop)
         masked = attention_mask is not None
-        return _collect(model, tokens[part], attended[part], masked, scorers, threads, progress)
+        return _collect(
+            model, tokens[part], attended[part], masked, parts, scorers, threads, progress
+        )
 
     return share_out(len(tokens), measure)
 
@@ -88,6 +105,7 @@ def _collect(
     tokens: torch.Tensor,
     attended: torch.Tensor,
     masked: bool,
+    parts: Sequence[Part] | None,
     scorers: Sequence[str],
     threads: int | None,
     progress: Progress,
@@ -108,7 +126,7 @@ def _collect(
 
     workers = 1 if device.type != "cpu" else min(threads or torch.get_num_threads(), len(tokens))
     with (
-        _hooks(blocks, current),
+        _hooks(blocks, parts, current),
         _one_thread_each(),
         progress.step("calibrating", tokens.numel(), "tokens") as step,
     ):
@@ -174,6 +192,13 @@ class _Window:
     def enter(self, state: torch.Tensor) -> None:
         self._input = _copy(state[0])
 
+    def sum(self, output: torch.Tensor) -> torch.Tensor:
+        """The residual stream with what a module adds; it may be flat over batch and tokens."""
+        return self._input + output.float().reshape(1, *self._input.shape)
+
+    def add(self, output: torch.Tensor) -> None:
+        self._input = self.sum(output)[0]
+
     def leave(self, block: int, state: torch.Tensor) -> None:
         x, y = self._input, _copy(state[0])
         if not (_finite(x) and _finite(y)):
@@ -224,8 +249,8 @@ def _finite(x: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _hooks(blocks: Any, current: Any) -> Iterator[None]:
-    """Show every block's input and output to the window that the running thread is at."""
+def _hooks(blocks: Any, parts: Sequence[Part] | None, current: Any) -> Iterator[None]:
+    """Show every block's or part's input and output to the window that the running thread is at."""
 
     def enter(module: Any, args: Any, kwargs: Any) -> None:
         current.window.enter(block_input(args, kwargs))
@@ -233,11 +258,23 @@ def _hooks(blocks: Any, current: Any) -> Iterator[None]:
     def leave(block: int, module: Any, args: Any, output: Any) -> None:
         current.window.leave(block, block_output(output))
 
+    def add(module: Any, args: Any, output: Any) -> None:
+        current.window.add(block_output(output))
+
+    def leave_part(block: int, module: Any, args: Any, output: Any) -> None:
+        current.window.leave(block, current.window.sum(block_output(output)))
+
     handles = []
     try:
         for index, block in enumerate(blocks):
             handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(block.register_forward_hook(partial(leave, index)))
+            if parts is None:
+                handles.append(block.register_forward_hook(partial(leave, index)))
+                continue
+            if (before := parts[index].before) is not None:
+                handles.append(before.register_forward_hook(add))
+            module = parts[index].module
+            handles.append(module.register_forward_hook(partial(leave_part, index)))
         yield
     finally:
         for handle in handles:

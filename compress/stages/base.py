@@ -74,7 +74,8 @@ class Estimate:
 class StageReport(BaseModel):
     """What a stage did. Holds nothing that differs between two runs on the same input.
 
-    ``renamed`` maps a new tensor name to its old one; ``removed`` lists old names that are gone.
+    ``renamed`` maps a new tensor name to its old one; ``removed`` lists old names that are gone,
+    ``changed`` new names whose values are other ones.
     ``tensors``: by name the dtype, shape and sha256 of each tensor's decoded bytes, from a stage
     that saw them pass; kept in the manifest's own member, not with the report.
     """
@@ -85,6 +86,7 @@ class StageReport(BaseModel):
     metrics: dict[str, Any] = {}
     renamed: dict[str, str] = {}
     removed: list[str] = []
+    changed: list[str] = []
     tensors: dict[str, dict[str, Any]] = {}
 
 

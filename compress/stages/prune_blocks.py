@@ -11,12 +11,14 @@ from compress.checkpoint import Checkpoint, dense_config
 from compress.errors import BadInput
 from compress.progress import Progress
 from compress.prune import (
+    apply_heal,
     block_count,
     check_drop,
     check_pruned,
     choose,
     cut_config,
     find_stack,
+    fit_linear_heal,
     model_config,
     output_without,
     remove_blocks,
@@ -60,10 +62,13 @@ Scorer = Literal[
 
 
 class PruneBlocksConfig(StageConfig):
-    """``protect``: indices of blocks that stay; by default the first two and the last."""
+    """``protect``: indices of blocks that stay; by default the first two and the last. ``heal``:
+    "linear" folds what the removed blocks did, as far as it is linear, into those before them.
+    """
 
     drop: int = Field(ge=1)
     scorer: Scorer = "knn_entropy"
+    heal: Literal["none", "linear"] = "none"
     protect: list[Annotated[int, Field(ge=0)]] | None = None
 
 
@@ -121,26 +126,49 @@ class PruneBlocks:
             progress=workspace.progress,
         )
         removed = choose(table, config.scorer, config.drop, config.protect)
+        healed = (
+            _heal(checkpoint, model, tokens, removed, workspace) if config.heal != "none" else {}
+        )
         expected = output_without(model, tokens[0], removed)
         del model  # before the pruned one is loaded
         pruned, renamed, gone = remove_blocks(
-            checkpoint, removed, workspace.directory, workspace.progress
+            checkpoint, removed, workspace.directory, workspace.progress, replace=healed
         )
         check_pruned(pruned, tokens[0], expected)
         return pruned, StageReport(
             stage=self.name,
             config=config.model_dump(mode="json"),
-            summary=_summary(table, config.scorer, removed),
+            summary=_summary(table, config, removed),
             metrics=_metrics(checkpoint, pruned, table, config, removed)
             | {"stale_patterns": _warn(pruned, workspace.progress)},
             renamed=renamed,
             removed=gone,
+            changed=[name for name in pruned.tensor_infos() if renamed.get(name, name) in healed],
         )
 
 
-def _summary(table: BlockTable, scorer: str, removed: list[int]) -> str:
+def _heal(
+    checkpoint: Checkpoint, model: Any, tokens: Any, removed: list[int], workspace: Workspace
+) -> dict[str, Any]:
+    """New weights by old names for the blocks before the gaps, put into the model as well."""
+    infos = checkpoint.tensor_infos()
+    stack = find_stack(infos, block_count(checkpoint.config))
+    healed = fit_linear_heal(
+        model,
+        tokens,
+        removed,
+        stack,
+        threads=workspace.threads,
+        progress=workspace.progress,
+    )
+    apply_heal(model, healed, infos, stack)
+    return healed
+
+
+def _summary(table: BlockTable, config: PruneBlocksConfig, removed: list[int]) -> str:
     numbers = ", ".join(map(str, removed))
-    return f"blocks {numbers} of {table.blocks} removed, chosen by {scorer}"
+    healed = "" if config.heal == "none" else f", healed by a {config.heal} fold"
+    return f"blocks {numbers} of {table.blocks} removed, chosen by {config.scorer}{healed}"
 
 
 def _metrics(

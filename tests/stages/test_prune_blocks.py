@@ -194,3 +194,17 @@ def test_every_scorer_can_be_named() -> None:
     from compress.stages.prune_blocks import Scorer
 
     assert get_args(Scorer) == SCORERS
+
+
+def test_healing_changes_the_block_before_the_gap_and_nothing_else(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    source = room.open(tiny_llama)
+    config = STAGE.Config(drop=1, protect=[0, 1, 2, 4, 5], heal="linear")
+    healed, report = STAGE.run(source, config, Workspace(tmp_path / "out", TEXT))
+    assert report.metrics["removed"] == [3]
+    assert report.changed == ["model.layers.2.mlp.down_proj.weight"]
+    assert "healed by a linear fold" in report.summary
+    for name in healed.tensor_infos():
+        old = report.renamed.get(name, name)
+        assert torch.equal(healed.read(name), source.read(old)) != (name in report.changed)
