@@ -1,7 +1,8 @@
-"""Held-out perplexity after each scorer's choice of blocks: `python benchmarks/scorers.py`.
+"""Held-out perplexity after each scorer's choice: `python benchmarks/scorers.py`.
 
-One calibration pass gives all scorers' choices; each is applied to the loaded model and measured on
-`builtin:heldout`, beside random choices of as many unprotected blocks and the whole model.
+One calibration pass gives all scorers' choices of blocks, or with `--part attention` or `mlp` of
+those parts of blocks; each is applied to the loaded model and measured on `builtin:heldout`, beside
+random choices of as many unprotected ones and the whole model.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 
 from compress import checkpoint
 from compress.evaluate import Documents, losses, perplexity
-from compress.prune import choose
+from compress.prune import choose, find_sublayers, silenced, sublayer_parts
 from compress.signals import (
+    SCORERS,
     SCORERS_DEFAULT,
     collect,
     find_blocks,
@@ -24,8 +26,12 @@ from compress.signals import (
 )
 
 
-def without(model: Any, removed: Collection[int], heldout: Documents) -> float:
-    """Perplexity with the blocks ``removed`` passing on what they are given."""
+def without(model: Any, part: str, removed: Collection[int], heldout: Documents) -> float:
+    """Perplexity with the blocks ``removed``, or that part of them, adding nothing."""
+    if part != "block":
+        both = (removed, ()) if part == "attention" else ((), removed)
+        with silenced(model, find_sublayers(model), *both):
+            return perplexity(losses(model, heldout))
     blocks = find_blocks(model)
     hooks = [blocks[i].register_forward_hook(lambda _, args, out: args[0]) for i in removed]
     try:
@@ -42,6 +48,8 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, nargs=2, default=[32, 256])
     parser.add_argument("--heldout", type=int, nargs=2, default=[32, 256])
     parser.add_argument("--random", type=int, default=3, help="random choices of each size")
+    parser.add_argument("--part", default="block", choices=["block", "attention", "mlp"])
+    parser.add_argument("--scorers", nargs="+", default=SCORERS_DEFAULT, choices=SCORERS)
     options = parser.parse_args()
 
     opened = checkpoint.open(checkpoint.resolve(options.model))
@@ -49,17 +57,20 @@ def main() -> None:
     calibration = windows("builtin:calibration", tokenizer, *options.calibration, seed=0)
     text = list(windows("builtin:heldout", tokenizer, *options.heldout, seed=0))
     heldout = Documents(text, list(range(len(text))), len(text))
-    table = collect(model, calibration)
+    parts = None
+    if options.part != "block":
+        parts = sublayer_parts(model, find_sublayers(model), options.part)
+    table = collect(model, calibration, parts=parts, scorers=options.scorers)
     free = sorted(set(range(table.blocks)) - set(protected_blocks(table.blocks, None)))
     chance = random.Random(0)
     print(f"{options.model}: perplexity {perplexity(losses(model, heldout)):.2f} with all blocks\n")
     print("| scorer | drop | blocks | perplexity |\n|---|---|---|---|")
     for drop in options.drop:
-        choices = [(scorer, choose(table, scorer, drop)) for scorer in SCORERS_DEFAULT]
+        choices = [(scorer, choose(table, scorer, drop)) for scorer in options.scorers]
         choices += [("random", sorted(chance.sample(free, drop))) for _ in range(options.random)]
         for scorer, removed in choices:
             listed = " ".join(map(str, removed))
-            value = without(model, removed, heldout)
+            value = without(model, options.part, removed, heldout)
             print(f"| {scorer} | {drop} | {listed} | {value:.2f} |", flush=True)
 
 
