@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from compress.signals import one_thread_each
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ def compare_logits(
             ]
 
     # On two cores, threads that share each small operation spend most of their time waiting.
-    with _one_thread_each(), ThreadPoolExecutor(workers) as pool:
+    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
         shares = list(pool.map(work, range(workers)))
     sums = [shares[index % workers][index // workers] for index in range(len(slices[0]))]
     return dict(zip(MEASURES, torch.stack(sums).sum(dim=0).tolist(), strict=True))
@@ -80,16 +80,3 @@ def _sums(
     kl_top_k += p_rest * (p_rest / q_rest).log()
     parts = (nll_reference, nll, kl, kl_top_k, jsd, agrees, flips)
     return torch.stack([part.double().sum() for part in parts])
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """New threads compute on one core each: torch takes over the number when a thread begins."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -7,9 +7,8 @@ projection. No tensor is added, so whatever runs the pruned model runs the heale
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from compress.errors import BadInput
 from compress.progress import SILENT, Progress
 from compress.prune.streams import Streams
 from compress.prune.surgery import BlockStack
-from compress.signals import check_tokens, find_blocks
+from compress.signals import check_tokens, find_blocks, one_thread_each
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +64,7 @@ def fit_linear_heal(
     healed: dict[str, torch.Tensor] = {}
     with (
         streams.watching([before for before, _ in gaps]),
-        _one_thread_each(),
+        one_thread_each(),
         progress.step("healing", len(gaps) * tokens.numel(), "tokens") as step,
     ):
         pool = ThreadPoolExecutor(workers)
@@ -135,16 +134,3 @@ def _folded(projection: Any, change: torch.Tensor) -> dict[str, torch.Tensor]:
     if projection.bias is not None:
         parts["bias"] = projection.bias.detach().double() @ change
     return {name: value.float() for name, value in parts.items()}
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """New threads compute on one core each, so that their sums do not depend on the number."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from compress.signals.angular import angular_distance
 from compress.signals.attention_entropy import attention_entropy
 from compress.signals.blocks import block_input, block_output, find_blocks, run_base
-from compress.signals.collector import Part, check_length, check_scorers, check_tokens, collect
+from compress.signals.collector import (
+    Part,
+    check_length,
+    check_scorers,
+    check_tokens,
+    collect,
+    one_thread_each,
+)
 from compress.signals.diffusion import diffusion_entropy
 from compress.signals.effective_rank import effective_rank
 from compress.signals.gaussian import gaussian_entropy
@@ -60,6 +67,7 @@ __all__ = [
     "measure_weights",
     "next_token_entropy",
     "nuclear_norm",
+    "one_thread_each",
     "ordinary_tokens",
     "pq_index",
     "protected_blocks",

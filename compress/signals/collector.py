@@ -127,7 +127,7 @@ def _collect(
     workers = 1 if device.type != "cpu" else min(threads or torch.get_num_threads(), len(tokens))
     with (
         _hooks(blocks, parts, current),
-        _one_thread_each(),
+        one_thread_each(),
         progress.step("calibrating", tokens.numel(), "tokens") as step,
     ):
         pool = ThreadPoolExecutor(max(1, workers))
@@ -282,7 +282,7 @@ def _hooks(blocks: Any, parts: Sequence[Part] | None, current: Any) -> Iterator[
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """New threads compute on one core each: torch takes over the number when a thread begins."""
     import torch
 
