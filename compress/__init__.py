@@ -21,13 +21,15 @@ _VERBS = {
     "verify": "compress.evaluate.verify",
     "inspect": "compress.evaluate.inspect",
     "measure": "compress.pipeline",
+    "prove": "compress.proof",
 }
-__all__ = ["__version__", "decompress", "inspect", "measure", "plan", "run", "verify"]
+__all__ = ["__version__", "decompress", "inspect", "measure", "plan", "prove", "run", "verify"]
 
 if TYPE_CHECKING:
     from compress.evaluate.inspect import inspect
     from compress.evaluate.verify import verify
     from compress.pipeline import decompress, measure, plan, run
+    from compress.proof import prove
 
 
 _autoload.autoload()

@@ -18,7 +18,7 @@ from compress import checkpoint as room
 from compress import gates
 from compress import recipe as recipes
 from compress.checkpoint import Checkpoint
-from compress.errors import BadInput, Corrupt
+from compress.errors import BadInput, Corrupt, Missing
 from compress.evaluate import (
     EvalOptions,
     Evaluation,
@@ -177,8 +177,15 @@ def _journal(identity: str, asked: Any) -> Iterator[Path]:
     """Where a candidate's answers are kept until its evaluation ends, for one process at a time."""
     digest = hashlib.sha256(room.dump_json([asked])).hexdigest()[:16]
     path = cache_dir() / "evaluations" / f"{identity}-{digest}"
-    path.mkdir(parents=True, exist_ok=True)
-    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise Missing(
+            f"the cache cannot be written: {error.strerror}",
+            where=path.parent,
+            mend="set ENTROPRESS_CACHE to a directory that can",
+        ) from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

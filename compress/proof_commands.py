@@ -163,7 +163,7 @@ def say_scores(console: Console, results: dict[str, Any]) -> None:
             task,
             results["n-samples"].get(task, {}).get("effective", ""),
             name.removesuffix(",none"),
-            f"{value:.4f}",
+            number(value),
             number(metrics.get(name.replace(",", "_stderr,", 1))),
         )
         for task, metrics in results["results"].items()
@@ -197,7 +197,9 @@ def say_rows(console: Console, rows: Sequence[Row]) -> None:
 
 
 def number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, int | float) else "?"
+    if not isinstance(value, int | float):
+        return "?"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def say_gates(console: Console, results: Sequence[GateResult]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from compress import __version__
 from compress.checkpoint import Checkpoint, room_needed
-from compress.errors import BadInput
+from compress.errors import BadInput, EntropressError
 from compress.evaluate.identity import model_identity
 from compress.evaluate.quiet import quiet
 from compress.evaluate.tasks import load_tasks
@@ -78,7 +78,6 @@ def run_tasks(
     Raises as `load_tasks` and `EntropressLM`, and `BadInput` for what lm-eval refuses.
     """
     import lm_eval
-    from jinja2 import TemplateError
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.tasks import TaskManager
 
@@ -120,7 +119,9 @@ def run_tasks(
                 torch_random_seed=other,
                 fewshot_random_seed=other,
             )
-        except (ValueError, LookupError, TemplateError) as error:  # of a task's own functions
+        except EntropressError:
+            raise
+        except (Exception, SystemExit) as error:  # a task's own functions may do anything
             reason = f"lm-eval cannot run it: {type(error).__name__}: {error}"
             raise BadInput(reason, where=", ".join(options.tasks)) from error
     if lm.truncated:

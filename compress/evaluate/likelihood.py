@@ -18,7 +18,7 @@ _SLICE = 128  # positions whose float32 log-likelihoods exist at a time
 
 
 def losses(
-    model: Any, documents: Documents, progress: Progress = SILENT, label: str = "perplexity"
+    model: Any, documents: Documents, progress: Progress = SILENT, whose: str = "the model"
 ) -> np.ndarray:
     """The negative log-likelihood of each document in nats, and its number of predicted tokens.
 
@@ -31,11 +31,14 @@ def losses(
 
     check_fits(model, documents)
     sums = np.zeros((documents.count, 2))
-    with torch.inference_mode(), progress.step(label, documents.tokens, "tokens") as step:
+    with (
+        torch.inference_mode(),
+        progress.step(f"perplexity of {whose}", documents.tokens, "tokens") as step,
+    ):
         for document, window in documents:
             nll = _window_nll(model, window)
             if not math.isfinite(nll):
-                raise not_finite("the model", document)
+                raise not_finite(whose, document)
             sums[document] += nll, len(window) - 1
             step.advance(len(window) - 1)
     return sums

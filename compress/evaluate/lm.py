@@ -53,6 +53,8 @@ class EntropressLM(HFLM):
             pretrained = room.open(room.resolve(pretrained, revision))
         self.source = pretrained.source
         self.truncated = 0
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            device = "cpu"  # lm-eval's command line asks for CUDA unless it is told otherwise
         tokenizer = pretrained.tokenizer()
         model = pretrained.load_model(dtype, device)
         if model.get_output_embeddings() is None:

@@ -21,7 +21,7 @@ def junit_xml(results: Sequence[GateResult], suite: str) -> bytes:
     )
     for result in results:
         case = ElementTree.SubElement(
-            root, "testcase", classname="entropress.gates", name=result.gate
+            root, "testcase", classname="entropress.gates", name=_printable(_name(result))
         )
         if result.verdict != "passed":
             failure = ElementTree.SubElement(
@@ -31,6 +31,11 @@ def junit_xml(results: Sequence[GateResult], suite: str) -> bytes:
         ElementTree.SubElement(case, "system-out").text = _printable(result.summary)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n"
+
+
+def _name(result: GateResult) -> str:
+    """The gate with its tasks: a recipe may have several of one kind."""
+    return " ".join([result.gate, *map(str, result.config.get("tasks") or [])])
 
 
 def _printable(text: str) -> str:

@@ -92,7 +92,7 @@ class Perplexity:
                 checkpoint.load_model(config.dtype, config.device),
                 documents,
                 progress=subject.progress,
-                label=f"perplexity of the {title}",
+                whose=f"the {title}",
             )
             for title, checkpoint in (("reference", reference), ("candidate", candidate))
         ]

@@ -133,3 +133,14 @@ def test_an_open_checkpoint_serves(lm: EntropressLM, tiny_llama: Path) -> None:
     (ours,), (other,) = (each.loglikelihood(requests(PAIRS[:1])) for each in (opened, lm))
     assert ours[0] == pytest.approx(other[0], rel=0.02)
     assert ours[0] != other[0]
+
+
+def test_cuda_that_is_not_there_is_the_cpu(tiny_llama: Path) -> None:
+    """lm-eval's command line asks for CUDA unless it is told otherwise."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA here")
+    from compress.evaluate.lm import EntropressLM
+
+    assert EntropressLM(str(tiny_llama), device="cuda").device.type == "cpu"
