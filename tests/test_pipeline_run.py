@@ -48,9 +48,11 @@ def test_the_manifest_tells_the_whole_story(tiny_llama: Path, tmp_path: Path) ->
     assert str(tmp_path) not in json.dumps(manifest)
     assert str(tiny_llama) not in json.dumps(manifest)
     before, after = checkpoint.open(tiny_llama), checkpoint.open(tmp_path / "out")
+    [healed] = manifest["stages"][0]["changed"]
     for name, record in manifest["tensors"].items():
         origin = record.get("from", name)
-        assert b"".join(after.chunks(name)) == b"".join(before.chunks(origin))
+        same = b"".join(after.chunks(name)) == b"".join(before.chunks(origin))
+        assert same == (origin != healed)
     assert any("from" in record for record in manifest["tensors"].values())
 
 
