@@ -38,7 +38,7 @@ def test_lossless_output_holds_every_tensor(tiny_llama_sharded: Path, tmp_path: 
 
 
 def test_the_manifest_tells_the_whole_story(tiny_llama: Path, tmp_path: Path) -> None:
-    overrides = ["stages.prune_blocks.drop=1", *QUICK]
+    overrides = ["stages.prune_blocks.drop=1", "stages.prune_blocks.heal=linear", *QUICK]
     pipeline.run("entropy_prune.yaml", tiny_llama, tmp_path / "out", overrides=overrides)
     manifest = checkpoint.read_manifest(tmp_path / "out")
     assert manifest["class"] == "near-lossless"

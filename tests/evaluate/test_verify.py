@@ -130,7 +130,7 @@ def test_dropped_blocks_are_listed_and_the_rest_is_compared(
 
 
 def test_a_tensor_is_missing_only_if_a_stage_removed_it(tiny_llama: Path, tmp_path: Path) -> None:
-    overrides = ["stages.prune_blocks.drop=1", "stages.prune_blocks.heal=none", *QUICK]
+    overrides = ["stages.prune_blocks.drop=1", *QUICK]
     pipeline.run("entropy_prune.yaml", tiny_llama, tmp_path / "out", overrides=overrides)
     manifest = room.read_manifest(tmp_path / "out")
     removed = manifest["stages"][0]["removed"]
@@ -202,7 +202,7 @@ def test_a_path_that_is_no_directory(tmp_path: Path) -> None:
 
 
 def test_what_a_stage_changed_is_not_compared_but_named(tiny_llama: Path, tmp_path: Path) -> None:
-    overrides = ["stages.prune_blocks.drop=1", *QUICK]
+    overrides = ["stages.prune_blocks.drop=1", "stages.prune_blocks.heal=linear", *QUICK]
     pipeline.run("entropy_prune.yaml", tiny_llama, tmp_path / "out", overrides=overrides)
     report = verify(tmp_path / "out", tiny_llama)
     assert report.ok
