@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, Field
 
 from compress.checkpoint import Checkpoint
-from compress.evaluate import Interval, Verdict
+from compress.evaluate import EvalOptions, Interval, Verdict
 from compress.progress import SILENT, Progress
 from compress.registry import Registry
 from compress.stages import StageConfig
@@ -125,6 +125,12 @@ def against(row: Row) -> str:
         beyond = "" if row.high is None else f" by {row.high - row.limit:.3g}"
         line += f": undecided, the interval reaches beyond{beyond}"
     return f"{line} ({row.documents} documents{', ' + row.note if row.note else ''})"
+
+
+def eval_options(config: ModelGateConfig) -> EvalOptions:
+    """What lm-eval is to run, from a gate's options of the same names."""
+    known = {field.name for field in fields(EvalOptions)}
+    return EvalOptions(**{name: value for name, value in config if name in known})
 
 
 def recorded(config: StageConfig) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from compress.checkpoint import (
 )
 from compress.errors import BadInput
 from compress.evaluate import (
-    EvalOptions,
     check_device,
     load_tasks,
     reference_journal,
@@ -25,7 +24,16 @@ from compress.evaluate import (
     same_responses,
     verify,
 )
-from compress.gates.base import GateResult, ModelGateConfig, Row, Subject, recorded, register, worst
+from compress.gates.base import (
+    GateResult,
+    ModelGateConfig,
+    Row,
+    Subject,
+    eval_options,
+    recorded,
+    register,
+    worst,
+)
 from compress.stages import StageConfig
 
 if TYPE_CHECKING:
@@ -52,17 +60,6 @@ class BitExactConfig(ModelGateConfig):
     include_path: str | None = None
     limit: int = Field(default=20, ge=1)
     batch_size: int = Field(default=8, ge=1)
-
-    def options(self) -> EvalOptions:
-        return EvalOptions(
-            tasks=self.tasks,
-            include_path=self.include_path,
-            limit=self.limit,
-            batch_size=self.batch_size,
-            dtype=self.dtype,
-            device=self.device,
-            seed=self.seed,
-        )
 
 
 @register
@@ -198,7 +195,7 @@ def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _responses(subject: Subject, config: BitExactConfig) -> Row:
-    options, progress = config.options(), subject.progress
+    options, progress = eval_options(config), subject.progress
     kept = reference_journal(subject.reference, progress)
     before = run_tasks(subject.reference, options, kept, progress=progress)
     after = run_tasks(subject.candidate, options, subject.journal, progress=progress)

@@ -9,7 +9,6 @@ from pydantic import Field
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
 from compress.evaluate import (
-    EvalOptions,
     Evaluation,
     TaskComparison,
     check_device,
@@ -27,6 +26,7 @@ from compress.gates.base import (
     Subject,
     against,
     bounded,
+    eval_options,
     recorded,
     register,
     worst,
@@ -49,19 +49,6 @@ class LmEvalConfig(ModelGateConfig):
     batch_size: int = Field(default=8, ge=1)
     apply_chat_template: bool = False
 
-    def options(self) -> EvalOptions:
-        return EvalOptions(
-            tasks=self.tasks,
-            include_path=self.include_path,
-            limit=self.limit,
-            num_fewshot=self.num_fewshot,
-            batch_size=self.batch_size,
-            apply_chat_template=self.apply_chat_template,
-            dtype=self.dtype,
-            device=self.device,
-            seed=self.seed,
-        )
-
 
 @register
 class LmEval:
@@ -82,7 +69,7 @@ class LmEval:
             raise BadInput("its tokenizer has no chat template", where=reference.path)
 
     def check(self, subject: Subject, config: LmEvalConfig) -> GateResult:
-        options, progress = config.options(), subject.progress
+        options, progress = eval_options(config), subject.progress
         kept = reference_journal(subject.reference, progress)
         before = run_tasks(subject.reference, options, kept, progress=progress)
         after = run_tasks(subject.candidate, options, subject.journal, progress=progress)
