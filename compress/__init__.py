@@ -22,12 +22,24 @@ _VERBS = {
     "inspect": "compress.evaluate.inspect",
     "measure": "compress.pipeline",
     "prove": "compress.proof",
+    "skip_sublayers": "compress.hf",
 }
-__all__ = ["__version__", "decompress", "inspect", "measure", "plan", "prove", "run", "verify"]
+__all__ = [
+    "__version__",
+    "decompress",
+    "inspect",
+    "measure",
+    "plan",
+    "prove",
+    "run",
+    "skip_sublayers",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from compress.evaluate.inspect import inspect
     from compress.evaluate.verify import verify
+    from compress.hf import skip_sublayers
     from compress.pipeline import decompress, measure, plan, run
     from compress.proof import prove
 

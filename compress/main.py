@@ -9,6 +9,7 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -24,6 +25,9 @@ from compress.options import (
     verbose_option,
 )
 from compress.proof_commands import check_junit, end_with_gates, evaluate, report, say_gates, verify
+
+if TYPE_CHECKING:
+    from compress import pipeline
 
 
 def main() -> None:
@@ -131,7 +135,14 @@ def compress(
 @cli.command()
 @options(
     click.option("--signals", help="Scorers by commas, or all; default: the four cheap ones."),
+    click.option(
+        "--granularity",
+        default="block",
+        type=click.Choice(["block", "attention", "mlp"]),
+        help="What of each block to score; default: all of it.",
+    ),
     click.option("--drop", default=1, type=click.IntRange(1), help="For how firm the choice is."),
+    click.option("--plot", metavar="FILE", help="Draw the scores, as .png or .svg."),
     click.option("--data", default="builtin:calibration", help="Text to read: .txt or .jsonl."),
     click.option("--sequences", default=32, type=click.IntRange(1), help="Windows of text."),
     click.option("--length", default=512, type=click.IntRange(8), help="Tokens in each."),
@@ -142,7 +153,9 @@ def compress(
 def measure(
     model: str,
     signals: str | None,
+    granularity: pipeline.Granularity,
     drop: int,
+    plot: str | None,
     data: str,
     sequences: int,
     length: int,
@@ -152,6 +165,7 @@ def measure(
 ) -> None:
     """Score the blocks of MODEL by every signal, and say which signals agree."""
     from compress import pipeline
+    from compress.report import check_picture, write_picture
     from compress.signals import SCORERS, SCORERS_DEFAULT
     from compress.stages import Calibration
 
@@ -160,11 +174,19 @@ def measure(
     for name in chosen:
         if name not in SCORERS:
             raise BadInput(f"unknown signal '{name}'", mend=did_you_mean(name, SCORERS))
+    if plot:
+        check_picture(Path(plot))
     console = Console(as_json)
     text = Calibration(data=data, sequences=sequences, length=length, seed=seed)
     with progress() as bars:
         found = pipeline.measure(
-            model, text, scorers=chosen, drop=drop, revision=revision, progress=bars
+            model,
+            text,
+            scorers=chosen,
+            drop=drop,
+            granularity=granularity,
+            revision=revision,
+            progress=bars,
         )
     console.table(found.header, found.rows())
     for pair, rho in found.agreement().items():
@@ -175,6 +197,9 @@ def measure(
         if stable:
             share = f"{100 * stable.same_choice:.0f} %"
             console.say(f"{name}: {share} of resamples would remove the same {drop}")
+    if plot:
+        write_picture(found, Path(plot))
+        console.say(f"wrote {plot}")
     console.document(found.to_json())
 
 

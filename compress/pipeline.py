@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from compress import __version__, codec, gates, signals, stages
+from compress import __version__, codec, gates, prune, signals, stages
 from compress import checkpoint as room
 from compress import recipe as recipes
 from compress.checkpoint import Checkpoint, Digest, Source
@@ -34,6 +34,9 @@ from compress.workspace import (
     open_workspace,
     stage_key,
 )
+
+Granularity = Literal["block", "attention", "mlp"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 
 @dataclass(frozen=True)
@@ -169,17 +172,30 @@ def measure(
     *,
     scorers: Sequence[str] = signals.SCORERS_DEFAULT,
     drop: int = 1,
+    granularity: Granularity = "block",
     revision: str | None = None,
     progress: Progress = SILENT,
 ) -> Measurement:
     """Score the blocks of a model, compressed or not, by ``scorers``; ``model`` as for `run`.
 
-    ``drop``: how many blocks the stability of the choice is about. Raises `BadInput` for a model
-    without tokenizer or blocks, a scorer that is not known, or a text too short.
+    ``granularity``: whether whole blocks or the attention or MLP of each. ``drop``: how many the
+    stability of the choice is about. Raises `BadInput` for a model without tokenizer, blocks or
+    parts that are known, a scorer that is not known, or a text too short.
     """
+    if granularity not in GRANULARITIES:
+        raise BadInput("no such granularity", got=granularity, expected=", ".join(GRANULARITIES))
     checkpoint = room.open(room.resolve(str(model), revision, progress))
-    text = calibration or Calibration()
-    return signals.measure(checkpoint, text, progress, scorers=scorers, drop=drop)
+    return signals.measure(
+        checkpoint,
+        calibration or Calibration(),
+        progress,
+        scorers=scorers,
+        drop=drop,
+        granularity=granularity,
+        parts=None
+        if granularity == "block"
+        else lambda model: prune.sublayer_parts(model, prune.find_sublayers(model), granularity),
+    )
 
 
 def _plan(recipe: Recipe, checkpoint: Checkpoint, exact: bool = True) -> Plan:
@@ -215,7 +231,9 @@ def _run(
     for index in range(done, len(specs)):
         spec, key = specs[index], keys[index]
         directory.begin(key)
-        workspace = Workspace(directory.stage(key), recipe.calibration, progress, threads)
+        workspace = Workspace(
+            directory.stage(key), recipe.calibration, progress, threads, directory.scratch(key)
+        )
         current, report = stages.get(spec.name).run(current, spec.config, workspace)
         directory.finish(key, report.model_dump(mode="json"))
         reports.append(report)

@@ -100,6 +100,12 @@ class RunDirectory:
         """The output directory of the stage with that key; made by whoever writes into it."""
         return self.path / key
 
+    def scratch(self, key: str) -> Path:
+        """A directory for what an unfinished stage has found out, kept until it is finished."""
+        path = self.path / f"{key}.scratch"
+        path.mkdir(exist_ok=True)
+        return path
+
     def answers(self, key: str) -> Path:
         """Where the answers of an interrupted evaluation of that stage's output are kept."""
         return self.path / f"{key}.answers"
@@ -120,6 +126,7 @@ class RunDirectory:
     def finish(self, key: str, report: dict[str, Any]) -> None:
         """Record that a stage's output is complete."""
         write_atomic(self._report(key), dump_json(report))
+        shutil.rmtree(self.scratch(key))
 
     def drop(self, key: str) -> None:
         """Free a stage's output that the next one has used up; its report stays."""
@@ -133,7 +140,8 @@ class RunDirectory:
     def keep_only(self, keys: list[str]) -> None:
         """Remove what belongs to another model or recipe."""
         names = {"lock", "run.json"}
-        names |= {name for key in keys for name in (key, f"{key}.json", self.answers(key).name)}
+        for key in keys:
+            names |= {key, f"{key}.json", f"{key}.scratch", self.answers(key).name}
         for path in self.path.iterdir():
             if path.name in names:
                 continue
@@ -170,7 +178,8 @@ class RunDirectory:
         """Whether nothing is finished here that a resumed run could use."""
         return not any(
             path.name not in ("lock", "run.json") and path.suffix == ".json"
-            for path in (*self.path.glob("*.json"), *self.path.glob("*/*.done.json"))
+            for pattern in ("*.json", "*/*.done.json", "*.scratch/*.json")
+            for path in self.path.glob(pattern)
         ) and not self._run().get("published")
 
     def remove(self) -> None:

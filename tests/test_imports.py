@@ -151,6 +151,7 @@ def test_the_verbs_are_found_on_first_use() -> None:
         "plan",
         "prove",
         "run",
+        "skip_sublayers",
         "verify",
     ]
 

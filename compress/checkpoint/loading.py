@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.consistency import coding
 from compress.errors import BadInput, Corrupt
 
 if TYPE_CHECKING:
@@ -56,17 +57,24 @@ def torch_layout(
 def load_model(directory: Path, config: dict[str, Any], dtype: Any, device: Any) -> Any:
     """The model that ``config['architectures']`` names, else the base model, in eval mode.
 
+    Whole: what the config names as skipped is computed, as every other reader does it
+    (`compress.hf.skip_sublayers` takes it out).
     ``dtype``: a torch dtype or its name, or "auto" for the stored one. ``device``: a torch device,
     or "auto" for all CUDA devices as accelerate fills them, or the CPU where there are none. Raises
     `Corrupt` when weights are missing, left over or of a wrong shape (tied weights need not be
     stored), `BadInput` when transformers does not know the architecture.
     """
     import torch
+    from transformers import AutoConfig
 
     spread = device == "auto" and torch.cuda.is_available()
     try:
+        settings = AutoConfig.from_pretrained(directory, local_files_only=True)
+        if coding(config) is not None:
+            settings.quantization_config["skip"] = False
         model, info = _model_class(config).from_pretrained(
             directory,
+            config=settings,
             dtype=dtype,
             local_files_only=True,
             output_loading_info=True,

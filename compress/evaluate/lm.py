@@ -12,10 +12,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-import compress.hf  # noqa: F401  teaches transformers to read coded checkpoints
 from compress import checkpoint as room
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, did_you_mean
+from compress.hf import skip_if_possible  # which also teaches transformers the format
 
 _PASSED_ON = (
     *("batch_size", "max_batch_size", "max_length", "truncation", "logits_cache", "backend"),
@@ -28,10 +28,11 @@ class EntropressLM(HFLM):
     """A causal or encoder-decoder model, coded or not, as lm-eval's requests want it.
 
     ``pretrained``: a directory, a hub id or ``demo:NAME``, at ``revision``. ``dtype``, ``device``:
-    as `Checkpoint.load_model`. Log-likelihoods are taken in float32. All else as for HFLM. Raises
-    `BadInput` for options that it does not have, a model without a language-model head, logits that
-    are not finite and requests that do not fit into the model; weights that are missing raise
-    `Corrupt`. ``truncated`` counts the requests that had to be cut from the left to fit.
+    as `Checkpoint.load_model`. What the config names as skipped is not computed where that changes
+    no bit. Log-likelihoods are taken in float32. All else as for HFLM. Raises `BadInput` for
+    options that it does not have, a model without a language-model head, logits that are not finite
+    and requests that do not fit into the model; weights that are missing raise `Corrupt`.
+    ``truncated`` counts the requests that had to be cut from the left to fit.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class EntropressLM(HFLM):
         if device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # lm-eval's command line asks for CUDA unless it is told otherwise
         tokenizer = pretrained.tokenizer()
-        model = pretrained.load_model(dtype, device)
+        model = skip_if_possible(pretrained.load_model(dtype, device))
         if model.get_output_embeddings() is None:
             raise BadInput("has no language-model head", where=self.source.path)
         super().__init__(model, tokenizer=tokenizer, softmax_dtype=softmax_dtype, **options)

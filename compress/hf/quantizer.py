@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -25,13 +26,24 @@ from compress.errors import BadInput, Corrupt
 class EntropressConfig(QuantizationConfigMixin):
     """``quantization_config`` of an entropress checkpoint; its members are in docs/FORMAT.md.
 
-    They are checked against the shards by `compress.checkpoint.open`, not here.
+    They are checked against the shards by `compress.checkpoint.open`, not here. ``skip`` is for
+    `from_pretrained`: whether the model is loaded without what its config names as skipped
+    (`compress.hf.skip_sublayers`); ``quantization_config=EntropressConfig(skip=False)`` loads it
+    whole.
     """
 
     dequantize = True  # makes transformers drop every trace of quantization from the loaded model
 
-    def __init__(self, **members: Any) -> None:
-        self.__dict__.update(members, quant_method=QUANT_METHOD)
+    def __init__(self, skip: bool = True, **members: Any) -> None:
+        self.__dict__.update(members, skip=skip, quant_method=QUANT_METHOD)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What `from_pretrained` may be given beside what the checkpoint says."""
+        return {"skip": self.skip}
+
+
+# Of other classes transformers ignores the given config.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (EntropressConfig,)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -75,6 +87,12 @@ class EntropressQuantizer(HfQuantizer):
             _decode_for_loader()
             self._checkpoint = _checked(checkpoint_files)
         return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # Not above: transformers is still being imported when this module is.
+        from compress.hf.skipping import skip_if_possible
+
+        return skip_if_possible(model) if self.quantization_config.skip else model
 
     def state_dict(self) -> dict[str, _CodedTensor] | None:
         """All tensors, undecoded, to the first caller; None to later ones, who load adapters."""

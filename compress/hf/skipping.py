@@ -2,20 +2,24 @@
 
 A checkpoint with dropped sublayers holds zeros in their place and names them in its config
 (``per_layer_config``: ``{"3": {"skip": ["attention"]}}``). transformers 5.23 reads that and
-computes the zeros all the same; `skip_sublayers` takes them out of the loaded model.
+computes the zeros all the same; `skip_sublayers` takes them out of the loaded model. The quantizer
+does so to every coded checkpoint that it loads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import logging
 
 from compress.errors import BadInput, Corrupt, did_you_mean
-from compress.signals import block_input, find_blocks
+from compress.hf.idle_norms import Trace
+from compress.signals import find_blocks
 
 _OWN_KEY = "entropress_skip"
 _MODULES = {
@@ -25,6 +29,8 @@ _MODULES = {
 _BY_POSITION = ("scale_attn_by_inverse_layer_idx", "num_kv_shared_layers")
 _PLACES = ("layer_idx", "layer_id")  # under which a cache is asked
 _TOKENS = 8
+_WHOLE = "load the model whole: with EntropressConfig(skip=False), or without skip_sublayers"
+_logger = logging.get_logger("transformers.entropress")  # below transformers', for its handlers
 
 
 def skip_sublayers(model: Any) -> Any:
@@ -38,12 +44,13 @@ def skip_sublayers(model: Any) -> Any:
     rightly. No attention weights and router logits are recorded of what is skipped.
 
     A second call, or a config that names nothing, changes nothing. Raises `BadInput` for a model of
-    unknown structure or with attention that depends on its position, `Corrupt` where what is to be
-    skipped is not zero; a model that fails the proof is left half changed, to be loaded anew.
+    unknown structure, with attention that depends on its position, or not all on one device, and
+    `Corrupt` where what is to be skipped is not zero. Whatever is raised, the model is as before.
     """
     skipped = _skipped(model.config)
     if not skipped or any(isinstance(module, _Skipped) for module in model.modules()):
         return model
+    _check_in_one_place(model)
     blocks = find_blocks(model)
     if max(skipped) >= len(blocks):
         raise BadInput("a block to skip a part of is not there", got=max(skipped))
@@ -51,25 +58,43 @@ def skip_sublayers(model: Any) -> Any:
     _check_positions(model.config, kept, len(blocks))
     names = {i: [_modules(blocks[i], i, what) for what in parts] for i, parts in skipped.items()}
 
-    with torch.no_grad():  # buffers made here outlive it
-        traces = {i: _Trace(blocks[i], sum(parts, ())) for i, parts in names.items()}
+    with ExitStack() as undo, torch.no_grad():  # buffers made here outlive it
+        traces = {i: Trace(blocks[i], sum(parts, ()), undo) for i, parts in names.items()}
         expected = _run_twice(model)
         for i, parts in names.items():
             for norm in traces[i].stop():
-                getattr(blocks[i], norm).forward = _unchanged
+                _set(getattr(blocks[i], norm), "forward", _unchanged, undo)
             for *first, last in parts:
                 for name in first:
-                    setattr(blocks[i], name, _Skipped(getattr(blocks[i], name), None))
-                extra = traces[i].extra[last]
-                setattr(blocks[i], last, _Skipped(getattr(blocks[i], last), extra))
+                    _set(blocks[i], name, _Skipped(getattr(blocks[i], name), None), undo)
+                if (extra := traces[i].extra.get(last)) is None:
+                    raise BadInput("a part to skip does not run", where=f"block {i}, {last}")
+                _set(blocks[i], last, _Skipped(getattr(blocks[i], last), extra), undo)
         if len(kept) < len(blocks):
-            _renumber(blocks, kept)
-            blocks[0].register_forward_pre_hook(_Shorten(kept, len(blocks)), with_kwargs=True)
+            _renumber(blocks, kept, undo)
+            shorten = _Shorten(kept, len(blocks))
+            hook = blocks[0].register_forward_pre_hook(shorten, with_kwargs=True)
+            undo.callback(hook.remove)
+        _set(model, "_load_pretrained_model", _load_adapter, undo)
         if not torch.equal(_run_twice(model), expected):
             raise BadInput(
                 "its skipped parts do more than to add to the residual", where=type(model).__name__
             )
+        undo.pop_all()
     return model
+
+
+def skip_if_possible(model: Any) -> Any:
+    """`skip_sublayers` for loaders: what it refuses stays whole, as right and slower; returns it.
+
+    The reason is one warning to transformers' log.
+    """
+    try:
+        return skip_sublayers(model)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        _logger.warning("what config.json names as skipped is computed all the same: %s", reason)
+        return model
 
 
 class _Skipped(nn.Module):
@@ -101,11 +126,22 @@ class _Skipped(nn.Module):
         self, state: Any, prefix: str, metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
         missing, _, errors = lists
-        for name in self.names:
-            if prefix + name not in state:
-                missing.append(prefix + name)
-            elif state[prefix + name].any():
-                errors.append(f"{prefix}{name} is skipped and must be zero")
+        missing.extend(prefix + name for name in self.names if prefix + name not in state)
+        # Not only its own: an adapter may hold what was trained on the whole model.
+        for key, tensor in state.items():
+            if key.startswith(prefix) and tensor.any():
+                errors.append(f"{key} is skipped and must be zero; {_WHOLE}")
+
+
+def _load_adapter(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' loader, which would only report weights that have no place any more."""
+    info, offloaded = type(model)._load_pretrained_model(model, *args, **kwargs)
+    for name, module in model.named_modules():
+        if isinstance(module, _Skipped):
+            for key in info.unexpected_keys:
+                if key.startswith(f"{name}."):
+                    raise BadInput("has weights for what is skipped", where=key, mend=_WHOLE)
+    return info, offloaded
 
 
 class _Shorten:
@@ -123,56 +159,18 @@ class _Shorten:
                 value.layers = [value.layers[i] for i in self.kept]
 
 
-class _Trace:
-    """Which norms of a block serve only the modules ``skipped``, seen in one pass."""
-
-    def __init__(self, block: nn.Module, skipped: tuple[str, ...]) -> None:
-        self.extra: dict[str, int] = {}
-        self._skipped = skipped
-        self._inputs: dict[str, torch.Tensor] = {}
-        self._outputs: dict[str, torch.Tensor] = {}
-        self._norms = [
-            name
-            for name, module in block.named_children()
-            if name not in skipped and any(True for _ in module.parameters())
-        ]
-        self._hooks = [
-            module.register_forward_hook(self._record(name), with_kwargs=True)
-            for name, module in block.named_children()
-        ]
-
-    def stop(self) -> list[str]:
-        """The norms that only skipped modules read, and those that only pass on their zeros."""
-        for hook in self._hooks:
-            hook.remove()
-        found = []
-        for norm in self._norms:
-            if norm not in self._outputs:
-                continue
-            readers = [k for k, v in self._inputs.items() if _same(v, self._outputs[norm])]
-            written = [k for k, v in self._outputs.items() if _same(v, self._inputs[norm])]
-            passes_zeros = set(written) & set(self._skipped) and not self._outputs[norm].any()
-            if (readers and set(readers) <= set(self._skipped)) or passes_zeros:
-                found.append(norm)
-        return found
-
-    def _record(self, name: str) -> Any:
-        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            if args or "hidden_states" in kwargs:
-                self._inputs[name] = block_input(args, kwargs)
-                self._outputs[name] = output[0] if isinstance(output, tuple) else output
-                self.extra[name] = len(output) - 1 if isinstance(output, tuple) else 0
-
-        return hook
-
-
 def _unchanged(hidden_states: torch.Tensor) -> torch.Tensor:
     """The ``forward`` of a norm whose output nobody uses; its weights stay, to be saved."""
     return hidden_states
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
+def _set(owner: nn.Module, name: str, value: Any, undo: ExitStack) -> None:
+    """Set an attribute or a submodule until ``undo``."""
+    if name in vars(owner) or name in owner._modules:
+        undo.callback(setattr, owner, name, getattr(owner, name))
+    else:
+        undo.callback(delattr, owner, name)
+    setattr(owner, name, value)
 
 
 def _skipped(config: Any) -> dict[int, list[str]]:
@@ -195,6 +193,19 @@ def _skipped(config: Any) -> dict[int, list[str]]:
     return {i: [what for what in _MODULES if what in parts] for i, parts in stated.items() if parts}
 
 
+def _check_in_one_place(model: Any) -> None:
+    """Refuse hooks of accelerate and shards of tensor parallelism, which need every module."""
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    parallel = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    if len(devices) > 1 or "meta" in devices or parallel:
+        raise BadInput(
+            "its weights are offloaded, or spread over devices",
+            where=type(model).__name__,
+            got=", ".join(sorted(devices)),
+            expected="all on one",
+        )
+
+
 def _check_positions(config: Any, kept: Sequence[int], blocks: int) -> None:
     if not kept:
         raise BadInput("config.json skips the attention of every block")
@@ -214,11 +225,9 @@ def _modules(block: nn.Module, index: int, what: str) -> tuple[str, ...]:
         )
     for name in found[0]:
         for key, tensor in children[name].state_dict().items():
-            where = f"block {index}, {name}.{key}"
-            if tensor.is_meta:
-                raise BadInput("cannot be looked at: its weights are offloaded", where=where)
-            if tensor.any():
-                raise Corrupt("is to be skipped and not zero", where=where)
+            # By bytes, for -0.0 would be saved as 0.0.
+            if tensor.reshape(-1).view(torch.uint8).any():
+                raise Corrupt("is to be skipped and not zero", where=f"block {index}, {name}.{key}")
     return found[0]
 
 
@@ -233,10 +242,10 @@ def _run_twice(model: Any) -> torch.Tensor:
     return torch.cat(states, 1)
 
 
-def _renumber(blocks: nn.ModuleList, kept: Sequence[int]) -> None:
+def _renumber(blocks: nn.ModuleList, kept: Sequence[int], undo: ExitStack) -> None:
     """Give the attentions that are left consecutive places in the cache."""
     for place, i in enumerate(kept):
         for part in list(blocks[i].modules())[1:]:
             for name in _PLACES:
                 if isinstance(getattr(part, name, None), int):
-                    setattr(part, name, place)
+                    _set(part, name, place, undo)

@@ -1,36 +1,30 @@
-"""Which blocks go."""
+"""How many of a model's blocks, or of one part of them, may go."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 from compress.errors import BadInput
-from compress.signals import BlockTable, protected_blocks
-
-
-def choose(
-    table: BlockTable, scorer: str, drop: int, protect: Collection[int] | None = None
-) -> list[int]:
-    """The ``drop`` blocks that ``scorer`` would remove first (`BlockTable.order`), ascending.
-
-    ``protect``: blocks that stay; None means the first two and the last. Raises as `check_drop`.
-    """
-    check_drop(table.blocks, drop, protect)
-    return sorted(table.order(scorer, protect)[:drop])
+from compress.signals import protected_blocks
 
 
 def check_drop(
-    blocks: int,
+    units: int,
     drop: int,
     protect: Collection[int] | None = None,
+    kinds: int = 1,
     where: str = "prune_blocks.drop",
 ) -> None:
-    """Raise `BadInput` where fewer than ``drop`` blocks may go, or none would be left."""
-    protected = protected_blocks(blocks, protect)
-    most = min(blocks - len(protected), blocks - 1)
+    """Raise `BadInput` where fewer than ``drop`` units may go, or no block might be left of a kind.
+
+    ``units``: the number of blocks, each of which has ``kinds`` units.
+    """
+    protected = protected_blocks(units, protect)
+    most = kinds * (units - len(protected)) if protected else units - 1
     if drop > most:
+        whole = f"{units} blocks" if kinds == 1 else f"{kinds * units} parts of {units} blocks"
         raise BadInput(
-            f"cannot remove {drop} of {blocks} blocks, {len(protected)} of them protected",
+            f"cannot remove {drop} of {whole}, {len(protected)} of them protected",
             where=where,
             got=drop,
             expected=f"at most {most}",

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
-from compress.checkpoint import dump_json, load_object, write_atomic
-from compress.errors import BadInput, Corrupt
+from compress.errors import BadInput
 from compress.progress import SILENT, Progress
+from compress.prune.budget import Budget
 from compress.prune.fitness import Fitness, Removal, Unit
+from compress.prune.remembered import Remembered
 
 
 @dataclass(frozen=True)
@@ -65,44 +62,37 @@ class Evolved:
 
 def evolve(
     fitness: Fitness,
-    units: Collection[Unit],
+    budget: Budget,
     starts: Sequence[Collection[Unit]],
     settings: Evolution,
     *,
-    journal: Path | None = None,
-    subject: str = "",
     progress: Progress = SILENT,
 ) -> Evolved:
-    """Search the sets of ``units`` with as many of each kind as the ``starts`` have.
+    """Search the sets of units that save what the ``budget`` asks.
 
     EvoPress (arXiv 2410.14649, algorithm 1), elitist (1 + offspring): a child is the parent with a
-    few units swapped, each for one of its kind; stages on more and more tokens thin the children
-    out, and the parent goes when a child is better on the last one's. Other than there, the first
-    parent is the best of ``starts``, the sets that cheap rules would remove, and of what is left of
-    as many random ones as there are offspring; and a stage always measures on the same tokens, so
-    that the result is never worse there than any of ``starts``.
+    few units swapped; stages on more and more tokens thin the children out, and the parent goes
+    when a child is better on the last one's. Other than there, the first parent is the best of
+    ``starts``, the sets that cheap rules would remove, and of what is left of as many random ones
+    as there are offspring; a stage always measures on the same tokens, so that the result is never
+    worse there than any of ``starts``; units of one kind may be swapped for another; and where a
+    swap saves too little or too much, units go or come back until the budget is met, no more.
 
-    ``fitness`` must give a set the same loss whenever asked. The ``journal`` is rewritten after
-    each generation, and a search that finds one goes on from there to the result that it would have
-    had uninterrupted; one with more ``generations`` goes on from the end. ``subject`` names what
-    ``fitness`` is of, so that no journal of something else is taken up.
+    ``fitness`` must give a set the same loss whenever asked. It is asked for each once; to survive
+    an interruption, give a `Remembered` one with a journal.
 
-    Raises `BadInput` for starts that differ in their counts or hold what may not go, for a journal
-    of another search, and where no set has a finite loss; `Corrupt` for a journal that is none.
+    Raises `BadInput` for starts that do not meet the budget or hold what may not go, and where no
+    set has a finite loss.
     """
-    search = _Search(fitness, sorted(units), _checked(starts, units), settings)
-    identity = _identity(search, subject)
-    bests = _read(journal, identity) if journal else []
+    search = _Search(Remembered(fitness), budget, _checked(starts, budget), settings)
+    bests: list[_Scored] = []
     total = 1 + search.generations()
     with progress.step("searching", total, "generations") as step:
-        step.advance(min(len(bests), total))
-        while len(bests) < total:
-            bests.append(search.generation(len(bests), bests[-1] if bests else None))
-            if journal:
-                _write(journal, identity, bests)
+        for number in range(total):
+            bests.append(search.generation(number, bests[-1] if bests else None))
             step.advance(1)
-    loss, removed = bests[total - 1]
-    return Evolved(removed, loss, tuple(loss for loss, _ in bests[:total]))
+    loss, removed = bests[-1]
+    return Evolved(removed, loss, tuple(loss for loss, _ in bests))
 
 
 _Scored = tuple[float, Removal]
@@ -112,34 +102,33 @@ class _Search:
     """One search; what a generation gives depends on its number and its parent only."""
 
     def __init__(
-        self, fitness: Fitness, units: list[Unit], starts: list[Removal], settings: Evolution
+        self, fitness: Fitness, budget: Budget, starts: list[Removal], settings: Evolution
     ) -> None:
-        self._fitness, self.units, self.starts, self.settings = fitness, units, starts, settings
-        self._known: dict[tuple[Removal, int], float] = {}
+        self._fitness, self._budget, self._settings = fitness, budget, settings
+        self._starts, self._units = starts, budget.units
 
     def generations(self) -> int:
         """How many follow the first parent."""
-        if self.settings.generations is not None:
-            return self.settings.generations
-        drop = len(self.starts[0])
-        return math.ceil(drop * (len(self.units) - drop) / 1.5)
+        if self._settings.generations is not None:
+            return self._settings.generations
+        drop = len(self._starts[0])
+        return math.ceil(drop * (len(self._units) - drop) / 1.5)
 
     def generation(self, number: int, parent: _Scored | None) -> _Scored:
         """The best of a parent and its children; number 0 has starts and chance in their place."""
-        # A generator for each: to go on after an interruption takes no saved state.
-        chance = random.Random(f"{self.settings.seed}/{number}")
-        count = self.settings.offspring
+        chance = random.Random(f"{self._settings.seed}/{number}")
+        count = self._settings.offspring
         if parent is None:
-            incumbents = self.starts
+            incumbents = self._starts
             children = [self._random(chance) for _ in range(count - len(incumbents))]
         else:
-            self._known[parent[1], self.settings.tokens[-1]] = parent[0]
             incumbents = [parent[1]]
             children = [self._mutated(parent[1], chance) for _ in range(count)]
         return self._select(incumbents, set(children) - set(incumbents))
 
     def _select(self, incumbents: list[Removal], children: set[Removal]) -> _Scored:
-        *thinning, (_, tokens) = zip(self.settings.survivors, self.settings.tokens, strict=True)
+        stages = zip(self._settings.survivors, self._settings.tokens, strict=True)
+        *thinning, (_, tokens) = stages
         for survivors, budget in thinning:
             if len(children) > survivors:
                 children = {child for _, child in self._ranked(children, budget)[:survivors]}
@@ -152,78 +141,44 @@ class _Search:
     def _ranked(self, candidates: Collection[Removal], tokens: int) -> list[_Scored]:
         """Best first, ties by the units' names and indices."""
         ordered = sorted(candidates, key=sorted)
-        new = [removal for removal in ordered if (removal, tokens) not in self._known]
-        losses = self._fitness(new, tokens) if new else []
-        self._known.update(zip(((removal, tokens) for removal in new), losses, strict=True))
-        scored = [(self._known[removal, tokens], removal) for removal in ordered]
+        scored = zip(self._fitness(ordered, tokens), ordered, strict=True)
         return sorted(scored, key=lambda each: each[0])
 
     def _random(self, chance: random.Random) -> Removal:
-        kinds = Counter(kind for kind, _ in self.starts[0])
-        return frozenset(
-            unit
-            for kind, count in sorted(kinds.items())
-            for unit in chance.sample([unit for unit in self.units if unit[0] == kind], count)
-        )
+        return self._budget.cut(chance.sample(self._units, len(self._units)))
 
     def _mutated(self, parent: Removal, chance: random.Random) -> Removal:
         """Few swaps are likelier than many, as in EvoPress; they may undo one another."""
-        gone = set(parent)
-        most = self.settings.swaps
+        gone = parent
+        most = self._settings.swaps
         for _ in range(min(chance.randint(1, most), chance.randint(1, most))):
-            back = chance.choice(sorted(gone))
-            kept = [unit for unit in self.units if unit not in gone and unit[0] == back[0]]
+            kept = [unit for unit in self._units if unit not in gone]
             if kept:
-                gone ^= {back, chance.choice(kept)}
-        return frozenset(gone)
+                back, new = chance.choice(sorted(gone)), chance.choice(kept)
+                staying = sorted(gone - {back})
+                others = [unit for unit in kept if unit != new]
+                gone = self._budget.cut(
+                    [
+                        new,
+                        *chance.sample(staying, len(staying)),
+                        *chance.sample(others, len(others)),
+                        back,
+                    ]
+                )
+        return gone
 
 
-def _checked(starts: Sequence[Collection[Unit]], units: Collection[Unit]) -> list[Removal]:
-    """The distinct starts; `BadInput` where they cannot start one search."""
+def _checked(starts: Sequence[Collection[Unit]], budget: Budget) -> list[Removal]:
+    """The distinct starts; `BadInput` where they cannot start this search."""
     sets = list(dict.fromkeys(frozenset(start) for start in starts))
-    counts = {tuple(sorted(Counter(kind for kind, _ in start).items())) for start in sets}
-    if len(counts) != 1 or () in counts:
-        raise BadInput(
-            "the starts of a search must remove as many units of each kind",
-            got=", ".join(str(dict(count)) for count in sorted(counts)) or "none",
-        )
-    if stray := frozenset[Unit]().union(*sets) - set(units):
+    if stray := frozenset[Unit]().union(*sets) - set(budget.costs):
         kind, index = min(stray)
         raise BadInput("a start removes a unit that may not go", got=f"{kind} {index}")
-    return sets
-
-
-def _identity(search: _Search, subject: str) -> dict[str, Any]:
-    """What the result depends on, but for the number of generations."""
-    settings = asdict(search.settings)
-    del settings["generations"]
-    starts = [sorted(start) for start in search.starts]
-    stated = {"settings": settings, "starts": starts, "subject": subject, "units": search.units}
-    return json.loads(dump_json(stated))
-
-
-def _write(journal: Path, identity: dict[str, Any], bests: Iterable[_Scored]) -> None:
-    history = [{"loss": loss, "removed": sorted(removed)} for loss, removed in bests]
-    write_atomic(journal, dump_json({"search": identity, "history": history}))
-
-
-def _read(journal: Path, identity: dict[str, Any]) -> list[_Scored]:
-    """Each generation's best; none where there is no journal."""
-    if not journal.exists():
-        return []
-    document = load_object(journal)
-    try:
-        search = document["search"]
-        bests = [
-            (float(best["loss"]), frozenset((str(kind), int(i)) for kind, i in best["removed"]))
-            for best in document["history"]
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise Corrupt("not the journal of a search", where=journal, got=repr(error)) from None
-    if search != identity:
+    short = [budget.spent(start) for start in sets if not budget.met(start)]
+    if short or not sets:
         raise BadInput(
-            "the journal is that of another search",
-            where=journal,
-            mend="remove it, or search with the same units, starts, settings and subject",
+            "a search must start from sets that remove enough",
+            got=min(short, default="no set"),
+            expected=f"at least {budget.target}",
         )
-    return bests
+    return sets

@@ -67,22 +67,31 @@ class RemovalLoss:
         Raises `BadInput` for a unit that the model has not, and where the full model computes NaN
         or infinity.
         """
+        return [self._mean(rows) for rows in self.by_sequence(candidates, tokens)]
+
+    def by_sequence(
+        self, candidates: Sequence[Removal], tokens: int | None = None
+    ) -> list[list[float]]:
+        """For each candidate the loss of each sequence, in nats a token; raises as a call does.
+
+        With "perplexity" it is the mean negative log-likelihood, whose ``exp`` that is.
+        """
         self._check(candidates)
         length = self._tokens.shape[1]
         count = None if tokens is None else max(1, math.ceil(tokens / length))
         rows = self._tokens[:count]
         order = sorted(set(candidates), key=self._decisions)
-        sums = dict.fromkeys(order, 0.0)
+        found: dict[Removal, list[float]] = {removal: [] for removal in order}
         with self._progress.step(
             f"trying {len(order)} removals", rows.numel() * len(order), "tokens"
         ) as step:
             for row in rows:
                 for removal, loss in zip(order, self._losses(row, order, step), strict=True):
-                    sums[removal] += loss
-        return [self._mean(sums[removal], len(rows)) for removal in candidates]
+                    found[removal].append(loss)
+        return [found[removal] for removal in candidates]
 
     def _losses(self, row: torch.Tensor, order: list[Removal], step: Step) -> list[float]:
-        """Each candidate's loss on one sequence [length], summed over its positions."""
+        """Each candidate's loss on one sequence [length], a mean over its positions."""
         import torch
 
         row = row.to(next(self._model.parameters()).device)
@@ -92,14 +101,14 @@ class RemovalLoss:
             full = self._logits(row)
             if not full.isfinite().all():
                 raise BadInput("the model's logits are not finite", got="NaN or infinity")
-            reference = _log_softmax_(full) if self._metric == "kl" else None
+            reference = log_softmax_in_place(full) if self._metric == "kl" else None
             for removal in order:
                 path.turn(removal)
                 logits = self._logits(row)
                 if reference is None:
-                    losses.append(_nll(logits[:-1], row[1:]))
+                    losses.append(_nll(logits[:-1], row[1:]) / (len(row) - 1))
                 else:
-                    losses.append(_kl(reference, logits))
+                    losses.append(kl_sum(reference, logits) / len(row))
                 step.advance(len(row))
         return losses
 
@@ -109,14 +118,13 @@ class RemovalLoss:
         logits: torch.Tensor = self._model(input_ids=row[None], **options).logits[0]
         return logits
 
-    def _mean(self, total: float, rows: int) -> float:
-        length = self._tokens.shape[1]
-        if math.isnan(total):
+    def _mean(self, rows: Sequence[float]) -> float:
+        mean = sum(rows) / len(rows)
+        if math.isnan(mean):
             return math.inf
         if self._metric == "kl":
-            return total / (rows * length)
-        nll = total / (rows * (length - 1))
-        return math.exp(nll) if nll < 700 else math.inf
+            return mean
+        return math.exp(mean) if mean < 700 else math.inf
 
     def _decisions(self, removal: Removal) -> list[list[Unit]]:
         """Sorted by these, neighbours have the longest common beginnings; the full model is first.
@@ -214,7 +222,7 @@ def _replaced(module: Any, instead: Callable[..., Any]) -> Iterator[None]:
             module.forward = own
 
 
-def _log_softmax_(logits: torch.Tensor) -> torch.Tensor:
+def log_softmax_in_place(logits: torch.Tensor) -> torch.Tensor:
     """Log-probabilities, float32 [tokens, vocabulary], in the logits' memory where that fits."""
     import torch
 
@@ -224,7 +232,7 @@ def _log_softmax_(logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
+def kl_sum(reference: torch.Tensor, logits: torch.Tensor) -> float:
     """``KL(p || q)`` summed over tokens, from ``ln p`` and the logits of ``q``."""
     import torch
 

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, Corrupt
-from compress.signals import block_input, find_blocks, load_float32, run_base
+from compress.prune.fitness import Removal, Unit
+from compress.prune.units import without
+from compress.signals import load_float32, run_base
 
 if TYPE_CHECKING:
     import torch
 
 
-def output_without(model: Any, tokens: torch.Tensor, removed: Collection[int]) -> torch.Tensor:
-    """The last hidden state [length, d] for ``tokens`` [length], the blocks ``removed`` skipped.
+def output_without(
+    model: Any,
+    tokens: torch.Tensor,
+    removal: Removal,
+    parts: Mapping[Unit, torch.nn.Module] | None = None,
+) -> torch.Tensor:
+    """The last hidden state [length, d] for ``tokens`` [length], nothing added by ``removal``.
 
-    All other blocks keep their positions and the config its patterns, so this is what removal must
-    not change, whatever a model derives from a block's index.
+    ``parts`` as in `Units`. All blocks keep their positions and the config its patterns, so this is
+    what pruning must not change, whatever a model derives from a block's index.
     """
     import torch
 
-    def skip(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        state = block_input(args, kwargs)
-        return (state, *output[1:]) if isinstance(output, tuple) else state
-
-    blocks = find_blocks(model)
-    hooks = [blocks[i].register_forward_hook(skip, with_kwargs=True) for i in sorted(removed)]
-    try:
-        with torch.inference_mode():
-            state: torch.Tensor = run_base(model, tokens[None].to(next(model.parameters()).device))
-            return state[0]
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with without(model, removal, parts), torch.inference_mode():
+        state: torch.Tensor = run_base(model, tokens[None].to(next(model.parameters()).device))
+    return state[0]
 
 
 def check_pruned(pruned: Checkpoint, tokens: torch.Tensor, expected: torch.Tensor) -> None:
@@ -50,6 +47,6 @@ def check_pruned(pruned: Checkpoint, tokens: torch.Tensor, expected: torch.Tenso
         model = load_float32(pruned)
     except Corrupt as error:
         raise BadInput(what, where=kind, got=str(error)) from error
-    found = output_without(model, tokens, ())
+    found = output_without(model, tokens, frozenset())
     if not torch.equal(found.view(torch.int32), expected.view(torch.int32)):
         raise BadInput(what, where=kind, got="another output from the blocks that stay")

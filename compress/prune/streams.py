@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import BadInput
+from compress.prune.fitness import BLOCK, Unit
+from compress.prune.healing_gaps import Gap
 from compress.signals import block_input, block_output, find_blocks, ordinary_tokens, run_base
 
 if TYPE_CHECKING:
@@ -25,10 +27,12 @@ class _Run:
 
     active: Sequence[int]
     state: torch.Tensor | None  # what enters the first of them; None: the embeddings
+    silent: bool  # removed attention and MLPs give zeros
     shifted: Any = None  # a projection, and what to add to its output
     shift: Any = None
     entered: Any = None  # the state before and after the last active block
     left: Any = None
+    given: Any = None  # by the last of the removed attentions and MLPs that ran
     last: Any = None  # the last projection that ran, and its output
     projected: Any = None
 
@@ -37,12 +41,20 @@ class Streams:
     """All sequences' states in the whole model and in the pruned one, taken from gap to gap.
 
     The pruned ones halt before the block that is to be healed, and pass it again once it is.
-    ``tokens``: int64 [sequences, length]. Sequences may run side by side, one in each thread.
+    ``tokens``: int64 [sequences, length]; ``parts``: the modules of ``removed`` units that are not
+    whole blocks. Sequences may run side by side, one in each thread.
     """
 
-    def __init__(self, model: Any, tokens: torch.Tensor, removed: Collection[int]) -> None:
-        self._model, self._removed = model, removed
-        self._blocks = find_blocks(model)
+    def __init__(
+        self,
+        model: Any,
+        tokens: torch.Tensor,
+        removed: Collection[Unit],
+        parts: Mapping[Unit, torch.nn.Module],
+    ) -> None:
+        self._model, self._blocks = model, find_blocks(model)
+        self._skipped = {index for kind, index in removed if kind == BLOCK}
+        self._gone = [parts[unit] for unit in removed if unit[0] != BLOCK]
         self._rows = tokens.to(next(model.parameters()).device)[:, None]
         self._whole: list[torch.Tensor | None] = [None] * len(tokens)
         self._pruned: list[torch.Tensor | None] = [None] * len(tokens)
@@ -54,14 +66,15 @@ class Streams:
     @contextmanager
     def watching(self, befores: Collection[int]) -> Iterator[None]:
         """Take over the model's blocks, and the outputs of the projections in ``befores``."""
-        hooks = []
+        hooks = [part.register_forward_hook(self._give) for part in self._gone]
+        gone = {module for part in self._gone for module in part.modules()}
         own = [vars(block).get("forward") for block in self._blocks]  # as accelerate sets it
         try:
             for before in befores:
                 hooks += [
                     module.register_forward_hook(self._project)
                     for module in self._blocks[before].modules()
-                    if self._is_projection(module)
+                    if module not in gone and self._is_projection(module)
                 ]
             for index, block in enumerate(self._blocks):
                 block.forward = partial(self._forward, index, block.forward)
@@ -75,7 +88,7 @@ class Streams:
                     block.forward = forward
 
     def last_projection(self, before: int) -> tuple[Any, float]:
-        """The projection that block ``before`` ends in, and the factor at which it is added.
+        """The last projection left in block ``before``, and the factor at which it is added.
 
         Found by shifting its output: the block's output must shift alike, up to a constant factor.
         Raises `BadInput` where it does not.
@@ -85,13 +98,13 @@ class Streams:
         where = f"block {before} of {type(self._model).__name__}"
         row, state, here = self._rows[0][:, :_PROBE], self._pruned[0], self._here(before)
         state = None if state is None else state[:, :_PROBE]
-        plain = self._run(row, state, here)
+        plain = self._run(row, state, here, silent=True)
         if plain.last is None:
             raise BadInput("cannot be healed: no linear projection onto the stream", where=where)
         size = float(plain.projected.square().mean().sqrt()) or 1.0
         noise = torch.randn(plain.projected.shape, generator=torch.Generator().manual_seed(0))
         shift = (size * noise).to(row.device)
-        moved = self._run(row, state, here, plain.last, shift)
+        moved = self._run(row, state, here, True, plain.last, shift)
         # Without the first token, whose massive state would drown the rest in rounding.
         shift, change = shift.view_as(plain.left)[0, 1:], (moved.left - plain.left)[0, 1:]
         share = float((change * shift).sum() / shift.square().sum())
@@ -105,29 +118,34 @@ class Streams:
         return plain.last, share
 
     def sample(
-        self, before: int, end: int, share: float, index: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take one sequence to a gap: what block ``before`` adds, and what it should have added.
+        self, gap: Gap, share: float, index: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Take one sequence to a gap: what is added before it, and what should have been added.
 
-        That is ``share`` times its last projection's output, and that plus what the pruned stream
-        lacks of the whole model's at ``end``. Both float64 [ordinary tokens, d].
+        The first is ``share`` times the last projection's output for the ordinary tokens, the
+        second that plus what the pruned stream lacks of the whole model's after the gap. The third
+        is as the first, for all other tokens. All float64 [tokens, d].
         """
         import torch
 
         row = self._rows[index]
-        whole = self._run(row, self._whole[index], range(self._whole_at, end))
-        pruned = self._run(row, self._pruned[index], self._here(before))
-        self._whole[index], self._pruned[index] = whole.left, pruned.entered
-        target, state = whole.left[0], pruned.left[0]
+        whole = self._run(row, self._whole[index], range(self._whole_at, gap.last + 1))
+        pruned = self._run(row, self._pruned[index], self._here(gap.before), silent=True)
+        self._whole[index] = whole.entered if gap.middle else whole.left
+        self._pruned[index] = pruned.entered
+        state = pruned.left[0]
+        target = (whole.entered + whole.given if gap.middle else whole.left)[0]
         attended = torch.ones(len(target), dtype=torch.bool, device=target.device)
         keep = ordinary_tokens(state, target, attended)
-        added = share * pruned.projected.view_as(state)[keep].double()
-        return added, added + (target[keep].double() - state[keep].double())
+        added = share * pruned.projected.view_as(state).double()
+        lack = target[keep].double() - state[keep].double()
+        return added[keep], added[keep] + lack, added[~keep]
 
-    def heal(self, last: Any, change: torch.Tensor, before: int, end: int) -> None:
+    def heal(self, last: Any, change: torch.Tensor, gap: Gap) -> None:
         """From here on, all sequences sampled, the outputs of ``last`` are times ``change``."""
         self._changes[last] = change.float()
-        self._pruned_at, self._whole_at = before, end
+        self._pruned_at = gap.before
+        self._whole_at = gap.last if gap.middle else gap.last + 1
 
     def name(self, module: Any, block: int) -> str:
         """The module's name inside of its block."""
@@ -135,19 +153,20 @@ class Streams:
 
     def _here(self, before: int) -> list[int]:
         blocks = range(self._pruned_at, before + 1)
-        return [block for block in blocks if block not in self._removed]
+        return [block for block in blocks if block not in self._skipped]
 
     def _run(
         self,
         row: torch.Tensor,
         state: torch.Tensor | None,
         active: Sequence[int],
+        silent: bool = False,
         shifted: Any = None,
         shift: Any = None,
     ) -> _Run:
         import torch
 
-        run = self._current.run = _Run(active, state, shifted, shift)
+        run = self._current.run = _Run(active, state, silent, shifted, shift)
         with torch.inference_mode():
             run_base(self._model, row)
         return run
@@ -167,6 +186,14 @@ class Streams:
         if index == run.active[-1]:
             run.left = block_output(output)
         return output
+
+    def _give(self, module: Any, args: Any, output: Any) -> Any:
+        run, value = self._current.run, block_output(output)
+        if not run.silent:
+            run.given = value.clone()
+            return output
+        nothing = value.new_zeros(value.shape)
+        return (nothing, *output[1:]) if isinstance(output, tuple) else nothing
 
     def _project(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         run = self._current.run

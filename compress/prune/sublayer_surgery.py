@@ -7,16 +7,21 @@ who knows them (`compress.hf.skipping`) need not compute it at all.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import Checkpoint, NewTensor, TensorInfo, dense_config, rewrite
 from compress.errors import BadInput
 from compress.progress import SILENT, Progress
+from compress.prune.fitness import BLOCK, Unit
 from compress.prune.settings import block_count, model_config
 from compress.prune.sublayers import ATTENTIONS, MLPS
-from compress.prune.surgery import find_stack
+from compress.prune.surgery import BlockStack, find_stack, stored_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 _OWN_KEY = "entropress_skip"
 _OFFICIAL_KEY = "per_layer_config"
@@ -34,41 +39,35 @@ def drop_sublayers(
     mlp: Collection[int],
     directory: Path,
     progress: Progress = SILENT,
+    *,
+    replace: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[Checkpoint, list[str]]:
     """Write the checkpoint with the attention and the MLP of those blocks zeroed and named.
 
-    All other tensors keep every bit; norms stay as they are, a zero passes through them. A coded
-    checkpoint is decoded on the way. Whether a block may be taken apart is for `find_sublayers` to
-    say. Returns the new checkpoint and the names of the tensors that are now zero. Raises
-    `BadInput` as `find_stack`, for blocks that are not there, where no attention would be left,
-    and where tensors or config are not of a kind that is known.
+    All other tensors keep every bit, but for those of ``replace`` (see `remove_blocks`); norms
+    stay, a zero passes through them. A coded checkpoint is decoded on the way. Whether a block may
+    be taken apart is for `find_sublayers` to say. Returns the new checkpoint and the names of the
+    tensors that are now zero. Raises `BadInput` as `find_stack`, for blocks that are not there,
+    where no attention would be left, for a replacement that does not fit, and where tensors or
+    config are not of a kind that is known.
     """
     config = skip_config(checkpoint.config, attention, mlp)
     infos = checkpoint.tensor_infos()
     stack = find_stack(infos, block_count(checkpoint.config))
-    parts: dict[int, set[str]] = {block: set() for block in range(stack.count)}
-    for name in infos:
-        if (block := stack.block(name)) is not None:
-            parts[block].add(_child(name, stack.prefix))
-    zeroed = {
-        f"{stack.prefix}.{block}.{part}"
-        for blocks, known, what in ((attention, ATTENTIONS, "attention"), (mlp, MLPS, "MLP"))
-        for block in blocks
-        for part in _part(parts[block], known, what, f"{stack.prefix}.{block}")
-    }
-
-    def is_zeroed(name: str) -> bool:
-        block = stack.block(name)
-        return (
-            block is not None and f"{stack.prefix}.{block}.{_child(name, stack.prefix)}" in zeroed
-        )
-
-    changed = list(filter(is_zeroed, infos))
+    tensors = unit_tensors(infos, stack, ("attention", "mlp"))
+    gone = [("attention", i) for i in attention] + [("mlp", i) for i in mlp]
+    zeroed = {name for unit in gone for name in tensors[unit]}
+    changed = [name for name in infos if name in zeroed]
+    new = {name: stored_bytes(name, value, infos) for name, value in (replace or {}).items()}
+    if lost := sorted(zeroed & new.keys()):
+        raise BadInput("cannot replace a tensor of a dropped sublayer", where=lost[0])
 
     def survivor(info: TensorInfo) -> Iterator[NewTensor]:
-        gone = is_zeroed(info.name)
-        chunks = _zeros(info.nbytes) if gone else checkpoint.chunks(info.name)
-        yield NewTensor(info.name, info.dtype, info.shape, chunks)
+        if info.name in zeroed:
+            yield NewTensor(info.name, info.dtype, info.shape, _zeros(info.nbytes))
+        else:
+            chunks = [new[info.name]] if info.name in new else checkpoint.chunks(info.name)
+            yield NewTensor(info.name, info.dtype, info.shape, chunks)
 
     dropped, _ = rewrite(
         checkpoint,
@@ -80,6 +79,26 @@ def drop_sublayers(
         label="dropping sublayers",
     )
     return dropped, changed
+
+
+def unit_tensors(
+    names: Iterable[str], stack: BlockStack, kinds: Collection[str]
+) -> dict[Unit, list[str]]:
+    """By unit of those ``kinds`` ("block", "attention", "mlp") the names of its tensors.
+
+    Raises `BadInput` where attention or MLP are asked for and not of a kind that is known.
+    """
+    children: list[defaultdict[str, list[str]]] = [defaultdict(list) for _ in range(stack.count)]
+    for name in names:
+        if (block := stack.block(name)) is not None:
+            children[block][_child(name, stack.prefix)].append(name)
+    found: dict[Unit, list[str]] = {}
+    for block, parts in enumerate(children):
+        where = f"{stack.prefix}.{block}"
+        for kind in kinds:
+            members = tuple(parts) if kind == BLOCK else _part(set(parts), kind, where)
+            found[kind, block] = [name for child in members for name in parts[child]]
+    return found
 
 
 def skip_config(
@@ -150,7 +169,8 @@ def _child(name: str, prefix: str) -> str:
     return name[len(prefix) + 1 :].split(".")[1]
 
 
-def _part(children: set[str], known: Any, what: str, where: str) -> tuple[str, ...]:
+def _part(children: set[str], kind: str, where: str) -> tuple[str, ...]:
+    known, what = (ATTENTIONS, "attention") if kind == "attention" else (MLPS, "MLP")
     found: list[tuple[str, ...]] = [names for names in known if children.issuperset(names)]
     if len(found) != 1:
         raise BadInput(

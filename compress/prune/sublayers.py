@@ -7,7 +7,7 @@ input plus what the two add is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -80,45 +80,6 @@ def find_sublayers(model: Any) -> list[Sublayers]:
         _examine(block, names[block], *part, trace)
         for block, part, trace in zip(blocks, parts, traces, strict=True)
     ]
-
-
-@contextmanager
-def silenced(
-    model: Any, sublayers: Sequence[Sublayers], attention: Collection[int], mlp: Collection[int]
-) -> Iterator[None]:
-    """The model with nothing added to the residual by the attention and MLP of those blocks.
-
-    ``sublayers``: what `find_sublayers` finds. They still run: this is for finding out what they
-    are good for, and for proofs.
-    """
-    import torch
-
-    def nothing(module: Any, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (torch.zeros_like(output[0]), *output[1:])
-        return torch.zeros_like(output)
-
-    last = [sublayers[i].attention.last for i in attention] + [sublayers[i].mlp.last for i in mlp]
-    hooks = [model.get_submodule(name).register_forward_hook(nothing) for name in last]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def output_without_sublayers(
-    model: Any, tokens: torch.Tensor, attention: Collection[int], mlp: Collection[int]
-) -> torch.Tensor:
-    """The last hidden state [length, d] for ``tokens`` [length], those sublayers adding nothing.
-
-    Raises as `find_sublayers`.
-    """
-    import torch
-
-    with silenced(model, find_sublayers(model), attention, mlp), torch.inference_mode():
-        state: torch.Tensor = run_base(model, tokens[None].to(next(model.parameters()).device))
-    return state[0]
 
 
 @dataclass

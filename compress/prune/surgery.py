@@ -96,7 +96,7 @@ def remove_blocks(
             names[name] = name
         else:
             names[name] = stack.renumbered(name, places[block]) if block in places else None
-    new = {name: _stored(name, value, infos) for name, value in (replace or {}).items()}
+    new = {name: stored_bytes(name, value, infos) for name, value in (replace or {}).items()}
     if gone := [name for name in new if names[name] is None]:
         raise BadInput("cannot replace a tensor of a removed block", where=gone[0])
 
@@ -118,7 +118,7 @@ def remove_blocks(
     return pruned, renamed, [old for old, new in names.items() if new is None]
 
 
-def _stored(name: str, value: torch.Tensor, infos: Mapping[str, TensorInfo]) -> memoryview:
+def stored_bytes(name: str, value: torch.Tensor, infos: Mapping[str, TensorInfo]) -> memoryview:
     """The bytes of a tensor that takes the place of the one of that name."""
     import torch
 

@@ -92,6 +92,26 @@ def plot(name: str, title: str, words: str, heights: tuple[float, float], draw: 
     return Plot(title, words, (svg[0], svg[1]), png.getvalue())
 
 
+def picture(kind: str, width: float, height: float, draw: Callable[[Figure], None]) -> bytes:
+    """A drawing of so many inches as a file of its own, "png" or "svg", on white.
+
+    The same input gives the same bytes.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    nothing = dict.fromkeys(("Software",) if kind == "png" else ("Date", "Creator"))
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        # Letters as shapes: a file by itself cannot count on a font.
+        matplotlib.rcParams.update(_STYLE | {"svg.fonttype": "path", "svg.hashsalt": "picture"})
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        file = io.BytesIO()
+        figure.savefig(file, format=kind, dpi=_DPI, metadata=nothing)
+    return file.getvalue()
+
+
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.report import wording
+from compress.report import pruning_words, wording
 from compress.report.canvas import Plot
 from compress.report.facts import Facts
 from compress.report.values import items, text
@@ -39,7 +39,11 @@ def model_card(facts: Facts, plots: Mapping[str, Plot]) -> bytes:
 
     head, original = _split(facts.card or "")
     part = _template().render(
-        facts=facts, plots=plots, words=wording, judgement=wording.judgement(facts)
+        facts=facts,
+        plots=plots,
+        words=wording,
+        pruned=pruning_words,
+        judgement=wording.judgement(facts),
     )
     members = _head(facts, head)
     if results := _results(facts, head):

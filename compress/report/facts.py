@@ -19,10 +19,10 @@ from compress.evaluate import SizeRow, inspect, kind
 from compress.progress import SILENT, Progress
 from compress.report.exponents import Histogram, TensorExponents, measure_exponents, pool
 from compress.report.gates import Gate, overall, read_gates
-from compress.report.values import count, counts, entries, items, members, number, text
+from compress.report.pruning import Pruning, Removed, read_prunings, together
+from compress.report.values import count, entries, items, members, text
 
 _NUMBERED = re.compile(r"(?:(.+?)\.)?(\d{1,6})\.", re.ASCII)
-_SETS = ("removed", "protected")
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,6 @@ class Stage:
 
     name: str
     summary: str
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """One `prune_blocks` stage; blocks go by their numbers in the original model.
-
-    ``scores`` and ``errors`` (standard errors) are those of the scorer that chose, for each of
-    ``blocks``, the blocks that there were; None where unknown.
-    """
-
-    scorer: str
-    blocks: list[int]
-    scores: list[float | None]
-    errors: list[float | None]
-    removed: list[int]
-    protected: list[int]
 
 
 @dataclass(frozen=True)
@@ -85,9 +69,9 @@ class Facts:
     card: str | None
 
     @property
-    def removed(self) -> list[int]:
-        """The numbers of the removed blocks, in the original."""
-        return sorted(block for pruning in self.prunings for block in pruning.removed)
+    def removed(self) -> Removed:
+        """What is gone from which blocks of the original."""
+        return together(self.prunings)
 
 
 def collect_facts(path: Path, progress: Progress = SILENT) -> Facts:
@@ -129,7 +113,7 @@ def collect_facts(path: Path, progress: Progress = SILENT) -> Facts:
         file_nbytes=sum(entry["bytes"] for entry in files),
         total=replace(sizes.total, exponent_bits=_mean_bits(exponents)),
         kinds=[replace(row, exponent_bits=_mean_bits(by_kind[row.group])) for row in sizes.kinds],
-        prunings=_prunings(stages),
+        prunings=read_prunings(stages),
         layers=_layers(manifest["tensors"], exponents),
         histogram=pool(exponents),
         card=read_card(path / room.CARD) if room.CARD in checkpoint.sidecars() else None,
@@ -150,35 +134,6 @@ def _mean_bits(tensors: Iterable[TensorExponents]) -> float | None:
     pairs = [(tensor.weights, tensor.bits) for tensor in tensors]
     weights = sum(weights for weights, _ in pairs)
     return sum(weights * bits for weights, bits in pairs) / weights if weights else None
-
-
-def _prunings(stages: list[dict[str, Any]]) -> list[Pruning]:
-    """The pruning stages; a later one's numbers are led back to those of the original model."""
-    found: list[Pruning] = []
-    alive: list[int] | None = None
-    for stage in stages:
-        metrics = members(stage.get("metrics"))
-        scorer = text(members(stage.get("config")).get("scorer"))
-        scores = items(members(metrics.get("scores")).get(scorer))
-        errors = items(members(metrics.get("standard_errors")).get(scorer))
-        if stage.get("stage") != "prune_blocks" or not scores:
-            continue
-        alive = list(range(len(scores))) if alive is None else alive
-        if len(alive) != len(scores):
-            break  # not the blocks that the stage before left
-        gone, kept = ({i for i in counts(metrics.get(key)) if i < len(alive)} for key in _SETS)
-        found.append(
-            Pruning(
-                scorer=scorer,
-                blocks=alive,
-                scores=[number(score) for score in scores],
-                errors=[number(error) for error in (errors + [None] * len(scores))[: len(scores)]],
-                removed=[alive[i] for i in sorted(gone)],
-                protected=[alive[i] for i in sorted(kept)],
-            )
-        )
-        alive = [block for i, block in enumerate(alive) if i not in gone]
-    return found
 
 
 def _layers(tensors: Mapping[str, Any], exponents: list[TensorExponents]) -> list[Layer]:

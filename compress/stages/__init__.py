@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.stages import cast, encode_weights, prune_blocks, prune_sublayers
+from compress.stages import cast, encode_weights, prune_blocks
 from compress.stages.base import (
     Calibration,
     CheckpointView,
@@ -30,7 +30,6 @@ __all__ = [
     "get",
     "names",
     "prune_blocks",
-    "prune_sublayers",
     "register",
     "total_nbytes",
 ]

@@ -95,13 +95,15 @@ class Workspace:
     """Where and with what a stage works.
 
     ``directory`` is the stage's own output directory; what an interrupted run finished there may be
-    reused, since its name is a digest of the stage's input and configuration.
+    reused, since its name is a digest of the stage's input and configuration. ``scratch``, if any,
+    is kept as long as the stage is not done: for what a resumed run need not do again.
     """
 
     directory: Path
     calibration: Calibration = Calibration()
     progress: Progress = SILENT
     threads: int | None = None
+    scratch: Path | None = None
 
 
 class Stage(Protocol):

@@ -1,34 +1,45 @@
-"""`prune_blocks`: whole transformer blocks removed, those that a scorer finds to add least."""
+"""`prune_blocks`: whole blocks, or attention or MLP of some, removed: those that add least."""
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Annotated, Any, ClassVar, Literal
-
-from pydantic import Field
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, ClassVar
 
 from compress.checkpoint import Checkpoint, dense_config
 from compress.errors import BadInput
 from compress.progress import Progress
 from compress.prune import (
+    KINDS,
+    Budget,
+    Healed,
+    Removal,
+    Selection,
+    Unit,
+    Units,
     apply_heal,
     block_count,
     check_drop,
     check_pruned,
-    choose,
+    check_rules,
     cut_config,
+    drop_sublayers,
     find_stack,
-    fit_linear_heal,
+    find_units,
+    heal,
     model_config,
     output_without,
     remove_blocks,
+    savings,
+    select,
+    skip_config,
     stale_patterns,
+    unit_tensors,
 )
 from compress.signals import (
-    SCORERS_DEFAULT,
-    BlockTable,
+    SCORERS,
     check_length,
-    collect,
     load_float32,
     load_text,
     protected_blocks,
@@ -45,36 +56,17 @@ from compress.stages.base import (
     register,
     total_nbytes,
 )
-
-Scorer = Literal[
-    "knn_entropy",
-    "bucket_entropy",
-    "renyi_entropy",
-    "gaussian_entropy",
-    "matrix_entropy",
-    "effective_rank",
-    "nuclear_norm",
-    "diffusion_entropy",
-    "cosine",
-    "norm_ratio",
-    "angular",
-]
-
-
-class PruneBlocksConfig(StageConfig):
-    """``protect``: indices of blocks that stay; by default the first two and the last. ``heal``:
-    "linear" folds what the removed blocks did, as far as it is linear, into those before them.
-    """
-
-    drop: int = Field(ge=1)
-    scorer: Scorer = "knn_entropy"
-    heal: Literal["none", "linear"] = "none"
-    protect: list[Annotated[int, Field(ge=0)]] | None = None
+from compress.stages.prune_options import PruneBlocksConfig
 
 
 @register
 class PruneBlocks:
-    """Measure every block in one calibration pass, remove the lowest-scoring, prove the outcome."""
+    """Measure in one calibration pass, choose, remove, and prove the outcome.
+
+    Whole blocks leave a smaller checkpoint of the same kind. Of a block's parts the weights become
+    zeros, which every loader computes rightly and which code to nothing, and ``per_layer_config``
+    names them, so that `compress.skip_sublayers` can leave them out and run faster.
+    """
 
     name: ClassVar[str] = "prune_blocks"
     Config: ClassVar[type[StageConfig]] = PruneBlocksConfig
@@ -87,108 +79,251 @@ class PruneBlocks:
         calibration: Calibration,
         exact: bool = True,
     ) -> Estimate:
-        """The size without the smallest blocks that may go: exact where all blocks are equal.
+        """The size without the smallest blocks that may go, exact where all are equal; parts stay.
 
-        Raises `BadInput` where so many blocks cannot go, the model or its config is not one that
-        blocks can be removed from, or the calibration text is not there.
+        Raises `BadInput` where so much cannot go, the model or its config is not one to prune, or
+        the calibration text is not there.
         """
         if "quantization_config" in dense_config(checkpoint.config):
             raise BadInput("prune before quantizing", where=checkpoint.path)
+        kinds = KINDS[config.granularity]
+        check_rules(config.scorer, config.search, kinds)
+        config.evolution.settings(calibration.seed)
         blocks = block_count(checkpoint.config)
-        check_drop(blocks, config.drop, config.protect)
+        check_drop(blocks, config.drop or 1, config.protect, len(kinds))
         check_length(model_config(checkpoint.config), calibration.length)
         load_text(calibration.data)
-        infos = checkpoint.tensor_infos()
-        stack = find_stack(infos, blocks)
-        kept = protected_blocks(blocks, config.protect)
-        sizes: Counter[int | None] = Counter()
-        for name, info in infos.items():
-            sizes[stack.block(name)] += info.nbytes
-        gone = sorted((i for i in range(blocks) if i not in kept), key=lambda i: (sizes[i], i))
-        gone = gone[: config.drop]
-        cut_config(checkpoint.config, [i for i in range(blocks) if i not in gone])
-        changes = [f"{config.drop} of {blocks} blocks removed, chosen by {config.scorer}"]
-        return Estimate(sizes.total() - sum(sizes[i] for i in gone), changes)
+        size = total_nbytes(checkpoint) - _least_saved(checkpoint, config, blocks)
+        chosen = config.scorer if config.search == "one_shot" else f"{config.search} search"
+        what = "blocks" if config.granularity == "block" else f"sublayers ({config.granularity})"
+        removed = f"{config.drop} of {blocks * len(kinds)} {what}"
+        if config.budget:
+            measure, share = config.budget.stated
+            if measure == "parameters" and config.granularity == "block":
+                size = round(total_nbytes(checkpoint) * (1 - share))
+            removed = f"{what} with {share:.3g} of the {measure.replace('_', ' ')}"
+        return Estimate(size, [f"{removed} removed, chosen by {chosen}"])
 
     def run(
         self, checkpoint: Checkpoint, config: PruneBlocksConfig, workspace: Workspace
     ) -> tuple[Checkpoint, StageReport]:
-        """Write the pruned checkpoint and prove it to be the old one without those blocks."""
-        text = workspace.calibration
-        tokens = windows(text.data, checkpoint.tokenizer(), text.sequences, text.length, text.seed)
+        """Write the pruned checkpoint and prove it to be the old one without those units."""
+        text, progress = workspace.calibration, workspace.progress
+        judged = config.search != "one_shot" or config.heal != "none"
+        unseen = (text.sequences // 2 or 1) if judged else 0
+        rows = windows(
+            text.data, checkpoint.tokenizer(), text.sequences + unseen, text.length, text.seed
+        )
+        tokens, heldout = rows[: text.sequences], rows[text.sequences :]
         model = load_float32(checkpoint)
-        scorers = list(dict.fromkeys((*SCORERS_DEFAULT, config.scorer)))
-        table = collect(
+        units = find_units(model, config.granularity)
+        budget, total = _budget(checkpoint, model, units, config, text.length)
+        selection = select(
             model,
+            units,
+            budget,
             tokens,
-            scorers=scorers,
+            heldout,
+            scorer=config.scorer,
+            search=config.search,
+            evolution=config.evolution.settings(text.seed),
+            seed=text.seed,
+            journal=workspace.scratch,
             threads=workspace.threads,
-            progress=workspace.progress,
+            progress=progress,
         )
-        removed = choose(table, config.scorer, config.drop, config.protect)
-        healed = (
-            _heal(checkpoint, model, tokens, removed, workspace) if config.heal != "none" else {}
-        )
-        expected = output_without(model, tokens[0], removed)
+        removed = _listed(selection.removed)
+        healed = None
+        if config.heal != "none":
+            healed = heal(
+                model,
+                checkpoint,
+                selection.removed,
+                tokens,
+                heldout,
+                method=config.heal,
+                parts=units.parts,
+                distillation=config.distillation.settings(text.seed),
+                journal=workspace.scratch,
+                threads=workspace.threads,
+                progress=progress,
+            )
+        new = healed.weights if healed else {}
+        infos = checkpoint.tensor_infos()
+        apply_heal(model, new, infos, find_stack(infos, units.blocks))
+        expected = output_without(model, tokens[0], selection.removed, units.parts)
         del model  # before the pruned one is loaded
-        pruned, renamed, gone = remove_blocks(
-            checkpoint, removed, workspace.directory, workspace.progress, replace=healed
-        )
+        renamed: dict[str, str] = {}
+        gone: list[str] = []
+        zeroed: list[str] = []
+        if config.granularity == "block":
+            pruned, renamed, gone = remove_blocks(
+                checkpoint, removed["block"], workspace.directory, progress, replace=new
+            )
+        else:
+            pruned, zeroed = drop_sublayers(
+                checkpoint, *_by_kind(removed), workspace.directory, progress, replace=new
+            )
         check_pruned(pruned, tokens[0], expected)
         return pruned, StageReport(
             stage=self.name,
             config=config.model_dump(mode="json"),
-            summary=_summary(table, config, removed),
-            metrics=_metrics(checkpoint, pruned, table, config, removed)
-            | {"stale_patterns": _warn(pruned, workspace.progress)},
+            summary=_summary(config, units, selection, removed) + _words(healed),
+            metrics={
+                **_metrics(config, units, selection, removed),
+                "budget": _spent(config, budget, total, selection.removed),
+                "healing": healed and _told(healed),
+                "bytes_in": total_nbytes(checkpoint),
+                "bytes_out": total_nbytes(pruned),
+                "stale_patterns": _warn(pruned, progress),
+            },
             renamed=renamed,
             removed=gone,
-            changed=[name for name in pruned.tensor_infos() if renamed.get(name, name) in healed],
+            changed=[
+                name
+                for name in pruned.tensor_infos()
+                if name in zeroed or renamed.get(name, name) in new
+            ],
         )
 
 
-def _heal(
-    checkpoint: Checkpoint, model: Any, tokens: Any, removed: list[int], workspace: Workspace
-) -> dict[str, Any]:
-    """New weights by old names for the blocks before the gaps, put into the model as well."""
+def _least_saved(checkpoint: CheckpointView, config: PruneBlocksConfig, blocks: int) -> int:
+    """What the smallest blocks take that may go, in bytes; parts stay, as zeros.
+
+    With a budget it is one block. Raises `BadInput` where none of them can be removed.
+    """
+    kinds, drop = KINDS[config.granularity], config.drop or 1
+    kept = protected_blocks(blocks, config.protect)
+    free = [block for block in range(blocks) if block not in kept]
     infos = checkpoint.tensor_infos()
-    stack = find_stack(infos, block_count(checkpoint.config))
-    healed = fit_linear_heal(
-        model,
-        tokens,
-        removed,
-        stack,
-        threads=workspace.threads,
-        progress=workspace.progress,
+    tensors = unit_tensors(infos, find_stack(infos, blocks), kinds)
+    if config.granularity != "block":
+        skip_config(checkpoint.config, *_by_kind(dict.fromkeys(kinds[:1], free[:drop])))
+        return 0
+    sizes = {i: sum(infos[name].nbytes for name in names) for (_, i), names in tensors.items()}
+    gone = sorted(free, key=lambda i: (sizes[i], i))[:drop]
+    cut_config(checkpoint.config, [i for i in range(blocks) if i not in gone])
+    return sum(sizes[i] for i in gone)
+
+
+def _budget(
+    checkpoint: Checkpoint, model: Any, units: Units, config: PruneBlocksConfig, length: int
+) -> tuple[Budget, int]:
+    """What is to be saved, and what the whole model has of it."""
+    free = units.free(config.protect)
+    if config.budget is None:
+        return Budget.of_units(free, config.drop or 0), len(units.kinds) * units.blocks
+    measure, share = config.budget.stated
+    costs, total = savings(measure, model, checkpoint, units, length)
+    costs = {unit: costs[unit] for unit in free}
+    most = _most_saved(units, costs) / total
+    if share > most:
+        raise BadInput(
+            f"so large a share of the {measure.replace('_', ' ')} cannot be removed",
+            where="prune_blocks.budget",
+            got=share,
+            expected=f"at most {most:.3g}, what is not protected and leaves a block",
+        )
+    return Budget(costs, max(1, math.ceil(share * total))), total
+
+
+def _most_saved(units: Units, costs: Mapping[Unit, int]) -> int:
+    """The largest target for which no set without a superfluous unit holds all of a kind."""
+    if len(costs) < len(units.kinds) * units.blocks:
+        return sum(costs.values())
+    of = [[cost for (each, _), cost in costs.items() if each == kind] for kind in units.kinds]
+    return min(sum(kind) - max(kind) for kind in of)
+
+
+def _spent(
+    config: PruneBlocksConfig, budget: Budget, total: int, removed: Removal
+) -> dict[str, Any]:
+    """What was asked and what was reached, in units or as a share of the model."""
+    spent = budget.spent(removed)
+    if config.budget is None:
+        return {"measure": "drops", "asked": config.drop, "reached": spent}
+    measure, share = config.budget.stated
+    return {"measure": measure, "asked": share, "reached": round(spent / total, 6)}
+
+
+def _listed(removal: Removal) -> dict[str, list[int]]:
+    """By kind the blocks that lose it, ascending."""
+    kinds = sorted({kind for kind, _ in removal})
+    return {kind: sorted(i for each, i in removal if each == kind) for kind in kinds}
+
+
+def _by_kind(removed: Mapping[str, list[int]]) -> tuple[list[int], list[int]]:
+    """The blocks that lose their attention, and those that lose their MLP."""
+    return removed.get("attention", []), removed.get("mlp", [])
+
+
+def _summary(
+    config: PruneBlocksConfig, units: Units, selection: Selection, removed: dict[str, list[int]]
+) -> str:
+    what = "; ".join(
+        f"{'blocks' if kind == 'block' else f'{kind} of blocks'} {', '.join(map(str, blocks))}"
+        for kind, blocks in removed.items()
     )
-    apply_heal(model, healed, infos, stack)
-    return healed
-
-
-def _summary(table: BlockTable, config: PruneBlocksConfig, removed: list[int]) -> str:
-    numbers = ", ".join(map(str, removed))
-    healed = "" if config.heal == "none" else f", healed by a {config.heal} fold"
-    return f"blocks {numbers} of {table.blocks} removed, chosen by {config.scorer}{healed}"
+    search = selection.search
+    if search is None:
+        how = f"chosen by {config.scorer}"
+    elif search.kept == "found":
+        how = f"found by {config.search.replace('_', ' ')} search"
+    else:
+        how = f"chosen in one shot: {config.search.replace('_', ' ')} search found nothing better"
+    return f"{what} of {units.blocks} removed, {how}"
 
 
 def _metrics(
-    before: Checkpoint,
-    after: Checkpoint,
-    table: BlockTable,
-    config: PruneBlocksConfig,
-    removed: list[int],
+    config: PruneBlocksConfig, units: Units, selection: Selection, removed: dict[str, list[int]]
 ) -> dict[str, Any]:
-    """All scorers' findings, which blocks each would have removed, and how sure the choice is."""
-    stability = table.stability(config.scorer, config.protect, config.drop)
+    """All scorers' findings, what each would have removed, and how sure the choice is."""
+    protected = protected_blocks(units.blocks, config.protect)
+    search = selection.search
+    stability = None
+    if len(units.kinds) == 1 and config.scorer in SCORERS:
+        [table] = selection.tables.values()
+        stability = table.stability(config.scorer, config.protect, sum(map(len, removed.values())))
     return {
-        **summarize(table, protected_blocks(table.blocks, config.protect)),
+        "granularity": config.granularity,
+        "blocks": units.blocks,
         "removed": removed,
-        "would_remove": {
-            scorer: choose(table, scorer, config.drop, config.protect) for scorer in table.values
-        },
+        "signals": {kind: summarize(table, protected) for kind, table in selection.tables.items()},
         "stability": stability and {"same_choice": stability.same_choice, "ranks": stability.ranks},
-        "bytes_in": total_nbytes(before),
-        "bytes_out": total_nbytes(after),
+        "candidates": [
+            {"rule": each.rule, "removed": _listed(each.removed), "kl": _finite(each.kl)}
+            for each in selection.candidates
+        ],
+        "search": search
+        and {
+            **asdict(search),
+            "one_shot_kl": _finite(search.one_shot_kl),
+            "found_kl": _finite(search.found_kl),
+            "kept": search.kept,
+        },
+    }
+
+
+def _finite(kl: float | None) -> float | None:
+    """None also for infinity, which JSON has not."""
+    return None if kl is None or math.isinf(kl) else kl
+
+
+def _words(healed: Healed | None) -> str:
+    if healed is None:
+        return ""
+    how = "a linear fold" if healed.method == "linear" else "distillation"
+    return f", healed by {how}" if healed.kept else f", {how} did not help"
+
+
+def _told(healed: Healed) -> dict[str, Any]:
+    """A healing without its weights."""
+    return {
+        "method": healed.method,
+        "kl_before": healed.kl_before,
+        "kl_after": healed.kl_after,
+        "kept": healed.kept,
+        "history": list(healed.history),
     }
 
 

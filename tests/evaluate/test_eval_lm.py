@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from compress import checkpoint as room
 from compress.errors import BadInput, Corrupt
 from compress.evaluate.lm import EntropressLM
+from compress.prune import drop_sublayers
 
 PAIRS = [("one two", " three"), ("", "four"), ("a b c", " d"), ("x" * 40, "y")]
 
@@ -31,8 +33,6 @@ def lm(tiny_llama: Path) -> EntropressLM:
 
 def change(source: Path, directory: Path, edit: Any) -> Path:
     """A copy of a model with other tensors."""
-    import shutil
-
     shutil.copytree(source, directory)
     tensors = load_file(directory / "model.safetensors")
     edit(tensors)
@@ -52,6 +52,24 @@ def test_it_answers_as_lm_evals_own_type(lm: EntropressLM, tiny_llama: Path) -> 
         assert getattr(lm, kind)(asked, disable_tqdm=True) == expected
     assert lm.truncated == 0
     assert lm.get_model_info()["model_num_parameters"] == theirs.model.num_parameters()
+
+
+def test_what_is_skipped_is_not_computed_and_changes_no_answer(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    drop_sublayers(room.open(tiny_llama), (0, 3), (3,), tmp_path / "model")
+    for file in tiny_llama.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    theirs = HFLM(str(tmp_path / "model"), device="cpu", batch_size=2, softmax_dtype="float32")
+    ours = EntropressLM(str(tmp_path / "model"), batch_size=2)
+    assert ours.model.num_parameters() < theirs.model.num_parameters()
+    for kind, arguments in (
+        ("loglikelihood", PAIRS),
+        ("generate_until", [generation("abc", 5), generation("a longer one", 5)]),
+    ):
+        asked = requests(arguments, kind)
+        expected = getattr(theirs, kind)(asked, disable_tqdm=True)
+        assert getattr(ours, kind)(asked, disable_tqdm=True) == expected
 
 
 def test_log_likelihoods_are_finer_than_bfloat16(lm: EntropressLM) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.distributed import DistributedConfig
 
 from compress import checkpoint
 from compress.errors import BadInput, Corrupt
@@ -269,16 +271,21 @@ def test_a_copy_in_another_dtype_saves_in_that_dtype(
     }
 
 
-@pytest.mark.parametrize("what", ["parameter", "state dict"])
+@pytest.mark.parametrize("what", ["parameter", "sign", "state dict", "adapter"])
 def test_what_is_not_zero_is_not_skipped(
     what: str, pair: Callable[..., tuple[Any, Any]], kit: Any
 ) -> None:
     """Such as weights that transformers made up because the checkpoint has none."""
-    if what == "parameter":
+    if what in ("parameter", "sign"):
         model = zeroed("llama", kit)
-        model.model.layers[3].mlp.up_proj.weight.data[0, 0] = 1e-30
+        model.model.layers[3].mlp.up_proj.weight.data[0, 0] = 1e-30 if what == "parameter" else -0.0
         with pytest.raises(Corrupt, match=r"block 3, mlp.up_proj.weight: .*not zero"):
             skip_sublayers(model)
+    elif what == "adapter":
+        _, skipped = pair("llama")
+        trained = {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)}
+        with pytest.raises(RuntimeError, match="lora_A.weight is skipped"):
+            skipped.load_state_dict(trained, strict=False)
     else:
         model, skipped = pair("llama")
         model.model.layers[0].self_attn.o_proj.weight.data[0, 0] = 1
@@ -328,8 +335,76 @@ def test_models_that_are_refused(make: Callable[[Any], Any], reason: str, kit: A
 def test_offloaded_weights_are_refused(kit: Any) -> None:
     model = zeroed("llama", kit)
     model.model.layers[1].mlp.to("meta")
-    with pytest.raises(BadInput, match="block 1, mlp.gate_proj.weight: .*offloaded"):
+    with pytest.raises(BadInput, match="offloaded, or spread over devices, got cpu, meta"):
         skip_sublayers(model)
+
+
+def test_tensor_parallel_models_are_refused(kit: Any, tmp_path: Path) -> None:
+    zeroed("llama", kit).save_pretrained(tmp_path)
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        parallel = DistributedConfig(tp_size=2)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=parallel)
+        with pytest.raises(BadInput, match="spread over devices"):
+            skip_sublayers(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def anatomy(model: Any) -> list[Any]:
+    """Every module with its attributes and numbers of hooks."""
+    return [
+        (
+            *(name, type(module), sorted(vars(module)), getattr(module, "layer_idx", None)),
+            *(len(module._forward_hooks), len(module._forward_pre_hooks)),
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt", "bloom"])
+def test_a_refused_model_is_as_it_was(family: str, kit: Any) -> None:
+    model = bloom(kit) if family == "bloom" else zeroed(family, kit)
+    hooks = []
+    if family != "bloom":  # the last of its parts does more than its weights say
+        names = PARTS["mlp"]
+        [*_, part] = [m for n, m in find_blocks(model)[5].named_children() if n in names]
+        hooks.append(part.register_forward_hook(lambda _, args, out: out + 1))
+    before, expected = anatomy(model), kit.logits(model)
+    with pytest.raises(BadInput, match="do more than to add"):
+        skip_sublayers(model)
+    assert anatomy(model) == before
+    assert_same(kit.logits(model), expected)
+    for hook in hooks:
+        hook.remove()
+        expected = kit.logits(model)
+        assert_same(kit.logits(skip_sublayers(model)), expected)
+        assert anatomy(model) != before
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_trains_as_the_whole_model_does(
+    checkpointing: bool, pair: Callable[..., tuple[Any, Any]]
+) -> None:
+    """Zero weights behind zero weights have no gradient: the whole model keeps them as well."""
+    models = pair("llama")
+    for model in models:
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(BATCH, attention_mask=MASK, labels=BATCH).loss.backward()
+            optimizer.step()
+    whole, skipped = (model.state_dict() for model in models)
+    assert whole.keys() == skipped.keys()
+    for name, tensor in whole.items():
+        assert_same(skipped[name], tensor)
+    for name, parameter in models[1].named_parameters():
+        idle = name == "model.layers.0.input_layernorm.weight" or "layers.3." in name
+        idle |= name.endswith("post_attention_layernorm.weight") and name[13] in "15"
+        assert (parameter.grad is None) == idle, name
 
 
 def test_continuous_batching_is_refused(pair: Callable[..., tuple[Any, Any]]) -> None:

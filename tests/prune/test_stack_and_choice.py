@@ -9,8 +9,7 @@ import torch
 
 from compress import checkpoint as room
 from compress.errors import BadInput
-from compress.prune import check_drop, check_pruned, choose, find_stack, output_without
-from compress.signals import SCORERS, BlockTable
+from compress.prune import check_drop, check_pruned, find_stack, output_without
 
 
 def names(prefix: str, count: int) -> list[str]:
@@ -49,17 +48,6 @@ def test_names_without_one_stack(tensors: list[str], message: str) -> None:
         find_stack(tensors, 3)
 
 
-def table(*scores: float) -> BlockTable:
-    return BlockTable({scorer: [[s] for s in scores] for scorer in SCORERS}, [[0]] * len(scores))
-
-
-def test_the_lowest_are_chosen() -> None:
-    found = table(0, 0, 5, 3, 4, 0)
-    assert choose(found, "cosine", 2) == [3, 4]
-    assert choose(found, "cosine", 2, []) == [0, 1]
-    assert choose(found, "cosine", 3, [0, 5]) == [1, 3, 4]
-
-
 @pytest.mark.parametrize(("blocks", "drop", "protect"), [(6, 4, None), (6, 6, []), (2, 1, None)])
 def test_no_more_than_there_are(blocks: int, drop: int, protect: list[int] | None) -> None:
     with pytest.raises(BadInput, match=f"cannot remove {drop} of {blocks} blocks, .*got {drop}"):
@@ -68,12 +56,23 @@ def test_no_more_than_there_are(blocks: int, drop: int, protect: list[int] | Non
     check_drop(6, 5, [])
 
 
+def test_parts_of_two_kinds_are_twice_as_many() -> None:
+    check_drop(6, 6, None, 2)
+    with pytest.raises(
+        BadInput, match="cannot remove 7 of 12 parts of 6 blocks, 3 of them.*most 6"
+    ):
+        check_drop(6, 7, None, 2)
+    check_drop(6, 5, [], 2)
+    with pytest.raises(BadInput, match="cannot remove 6 of 12 parts.*at most 5"):
+        check_drop(6, 6, [], 2)  # they might be all of a kind
+
+
 def test_the_proof_sees_one_wrong_bit_and_a_missing_tensor(
     make_family: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = make_family("llama", tmp_path)
     tokens = torch.arange(20)
-    expected = output_without(model, tokens, ())
+    expected = output_without(model, tokens, frozenset())
     check_pruned(room.open(tmp_path), tokens, expected)
     expected.view(torch.int32)[3, 5] ^= 1
     with pytest.raises(BadInput, match="llama: .*depends on their positions, got another output"):
@@ -92,7 +91,7 @@ def test_the_proof_knows_what_a_position_is_worth(
     option = {"scale_attn_by_inverse_layer_idx": True}
     model = make_family("gpt2", tmp_path / "whole", **option)
     tokens = torch.arange(20)
-    expected = output_without(model, tokens, (1, 4))
+    expected = output_without(model, tokens, frozenset({("block", 1), ("block", 4)}))
     blocks = model.transformer.h
     model.transformer.h = torch.nn.ModuleList(blocks[i] for i in (0, 2, 3, 5))
     model.config.n_layer = 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 from compress import checkpoint as room
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
-from compress.prune import check_pruned, output_without, remove_blocks
+from compress.prune import Removal, check_pruned, find_units, output_without, remove_blocks
 from compress.prune.sublayer_surgery import drop_sublayers, skip_config
-from compress.prune.sublayers import output_without_sublayers
 
 ATTENTION, MLP = (0, 3), (1, 3, 5)
+NOTHING: Removal = frozenset()
 # Of each family one tensor's name that must be zero, and one that must not be touched.
 FAMILIES: dict[str, tuple[str, str]] = {
     "llama": ("layers.0.self_attn.k_proj.weight", "layers.0.mlp.up_proj.weight"),
@@ -59,6 +59,12 @@ def bytes_of(checkpoint: Checkpoint, name: str) -> bytes:
     return b"".join(map(bytes, checkpoint.chunks(name)))
 
 
+def without(model: Any, tokens: Any, attention: Iterable[int], mlp: Iterable[int]) -> Any:
+    """The last hidden state, nothing added by the attention and the MLP of those blocks."""
+    removal = frozenset([*(("attention", i) for i in attention), *(("mlp", i) for i in mlp)])
+    return output_without(model, tokens, removal, find_units(model, "joint").parts)
+
+
 def skipped(config: Any) -> dict[int, list[str]]:
     """What transformers itself reads from a config."""
     return {i: layer.skip for i, layer in enumerate(config.per_layer_config) if layer.skip}
@@ -75,8 +81,8 @@ def test_stock_transformers_computes_the_model_without_them(
     model.save_pretrained(tmp_path / "model")
     original = room.open(tmp_path / "model")
     tokens = torch.arange(40) * 7 % 97
-    expected = output_without_sublayers(model, tokens, ATTENTION, MLP)
-    assert not torch.equal(expected, output_without(model, tokens, ()))
+    expected = without(model, tokens, ATTENTION, MLP)
+    assert not torch.equal(expected, output_without(model, tokens, NOTHING))
 
     dropped, zeroed = drop_sublayers(original, ATTENTION, MLP, tmp_path / "dropped")
 
@@ -135,7 +141,7 @@ def test_dropping_more_and_then_blocks(make_family: Callable[..., Any], tmp_path
         "3": {"skip": ["attention"]},
     }
     tokens = torch.arange(20)
-    check_pruned(twice, tokens, output_without_sublayers(model, tokens, (1, 3), (1,)))
+    check_pruned(twice, tokens, without(model, tokens, (1, 3), (1,)))
     fewer, _, _ = remove_blocks(twice, (0, 2), tmp_path / "fewer")
     assert skipped(fewer.load_model().config) == {0: ["attention", "mlp"], 1: ["attention"]}
 

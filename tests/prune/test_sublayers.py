@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compress.errors import BadInput
-from compress.prune.sublayers import find_sublayers, output_without_sublayers, silenced
+from compress.prune import find_sublayers, find_units, output_without
 from compress.signals import find_blocks
 
 SEQUENTIAL = (("self_attn",), ("mlp",))
@@ -120,25 +120,13 @@ def test_the_structure_of_a_family(family: str, make: Callable[..., Any]) -> Non
     # The output projections are all there is to zero: without them nothing is added.
     tokens = torch.arange(12)
     parameters = dict(model.named_parameters())
-    expected = output_without_sublayers(model, tokens, range(6), range(6))
+    units = find_units(model, "joint")
+    expected = output_without(model, tokens, frozenset(units.parts), units.parts)
     with torch.no_grad():
         for found in sublayers:
             for name in (*found.attention.outputs, *found.mlp.outputs):
                 parameters[name].zero_()
         assert torch.equal(model.base_model(tokens[None], use_cache=False)[0][0], expected)
-
-
-def test_silenced_is_over_when_it_is_over(make: Callable[..., Any]) -> None:
-    model = make("gemma2")
-    tokens = torch.arange(12)[None]
-    with torch.no_grad():
-        whole = model(tokens).logits
-        with silenced(model, find_sublayers(model), (2,), ()):
-            without = model(tokens).logits
-        assert not torch.equal(whole, without)
-        assert torch.equal(model(tokens).logits, whole)
-        model.model.layers[2].self_attn.o_proj.weight.zero_()
-        assert torch.equal(model(tokens).logits, without)
 
 
 def test_bf16_adds_up_within_its_roundings(make: Callable[..., Any]) -> None:

@@ -64,6 +64,68 @@ LM_EVAL = gate(
 )
 
 
+def table(scores: dict[str, list[float]], **others: Any) -> dict[str, Any]:
+    """What `compress.signals.summarize` gives, as far as reports read it."""
+    errors = {scorer: [0.1] * len(values) for scorer, values in scores.items()}
+    empty: dict[str, Any] = {"protected": [], "sink_writers": []}
+    return empty | {"scores": scores, "standard_errors": errors} | others
+
+
+def pruning(config: dict[str, Any] | None = None, **metrics: Any) -> dict[str, Any]:
+    """A `prune_blocks` stage of six blocks as manifests hold it, with members as given."""
+    usual = {
+        "granularity": "block",
+        "blocks": 6,
+        "removed": {"block": [3]},
+        "signals": {"block": table({"cosine": [9.0, 5.0, 3.0, 1.0, 2.0, 8.0]})},
+        "stability": None,
+        "candidates": [{"rule": "cosine", "removed": {"block": [3]}, "kl": None}],
+        "search": None,
+        "budget": {"measure": "drops", "asked": 1, "reached": 1},
+        "healing": None,
+        "bytes_in": 1_000_000,
+        "bytes_out": 900_000,
+        "stale_patterns": [],
+    }
+    return {
+        "stage": "prune_blocks",
+        "config": {"scorer": "cosine", "search": "one_shot"} | (config or {}),
+        "metrics": usual | metrics,
+        "summary": "",
+    }
+
+
+JOINT = pruning(
+    {"scorer": "knn_entropy", "search": "evolutionary", "granularity": "joint"},
+    granularity="joint",
+    removed={"attention": [2, 4], "mlp": [3]},
+    signals={
+        "attention": table({"knn_entropy": [9.0, 5, 1, 3, 2, 8]}, protected=[0, 5]),
+        "mlp": table({"knn_entropy": [-9.0, 5, 1, 3, 0, 8]}, protected=[0, 5], sink_writers=[1]),
+    },
+    candidates=[
+        {"rule": "knn_entropy", "removed": {"attention": [2], "mlp": [1, 4]}, "kl": 0.31},
+        {"rule": "last_k", "removed": {"attention": [4], "mlp": [3, 4]}, "kl": None},
+        {"rule": "cosine", "removed": {"attention": [3], "mlp": [2, 4]}, "kl": 0.21},
+    ],
+    search={
+        "method": "evolutionary",
+        "history": [0.3, 0.25, 0.19],
+        "one_shot_kl": 0.22,
+        "found_kl": 0.2,
+        "kept": "found",
+    },
+    budget={"measure": "coded_bytes", "asked": 0.2, "reached": 0.2141},
+    healing={
+        "method": "distill",
+        "kl_before": 0.2,
+        "kl_after": 0.12,
+        "kept": True,
+        "history": [0.1, 0.4, 0.15],
+    },
+)
+
+
 @pytest.fixture(scope="session")
 def pruned(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two of six blocks removed, then coded. Read-only."""

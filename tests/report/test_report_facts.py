@@ -96,27 +96,17 @@ def test_what_a_pruned_model_is(pruned: Path, tiny_llama: Path) -> None:
     assert [stage.name for stage in facts.stages] == ["prune_blocks", "encode_weights"]
     [pruning] = facts.prunings
     assert pruning.blocks == [0, 1, 2, 3, 4, 5]
-    assert pruning.protected == [0, 1, 5]
-    assert len(facts.removed) == 2
-    assert set(facts.removed) < {2, 3, 4}
+    [scores] = pruning.scores
+    assert (scores.kind, scores.scorer) == ("block", "knn_entropy")
+    assert scores.protected == [0, 1, 5]
+    gone = facts.removed["block"]
+    assert facts.removed == pruning.removed == {"block": scores.gone}
+    assert len(gone) == 2
+    assert set(gone) < {2, 3, 4}
+    assert "knn_entropy" in [candidate.rule for candidate in pruning.candidates]
     # The blocks that are left bear the numbers that they had.
-    assert [layer.block for layer in facts.layers] == sorted({*range(6)} - {*facts.removed})
+    assert [layer.block for layer in facts.layers] == sorted({*range(6)} - {*gone})
     assert all(kind.exponent_bits for kind in facts.kinds if kind.nbytes > 1000)
-
-
-def test_a_second_pruning_speaks_of_original_blocks(publish: Callable[..., Path]) -> None:
-    def stage(removed: list[int], scores: list[float]) -> dict[str, Any]:
-        metrics = {"scores": {"cosine": scores}, "removed": removed, "protected": [0]}
-        config = {"scorer": "cosine"}
-        return {"stage": "prune_blocks", "config": config, "metrics": metrics, "summary": ""}
-
-    stages = [stage([1, 3], [5.0, 0, 4, 1, 3, 2]), stage([2], [5.0, 4, 3, 2])]
-    first, second = collect_facts(publish(stages=stages)).prunings
-    assert first.removed == [1, 3]
-    assert (second.blocks, second.removed, second.protected) == ([0, 2, 4, 5], [4], [0])
-    assert second.errors == [None] * 4
-    stages[1]["metrics"]["scores"] = {"cosine": [1.0]}  # not the blocks that were left
-    assert collect_facts(publish("odd", stages=stages)).prunings == [first]
 
 
 def test_gates_come_worst_first_and_are_no_better_than_their_rows() -> None:

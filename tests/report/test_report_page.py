@@ -70,7 +70,7 @@ def test_the_page_stands_alone(publish: Callable[..., Path]) -> None:
     assert '<html lang="en">' in text
     assert "prefers-color-scheme: dark" in text
     assert len(text.encode()) < 1_500_000
-    for heading in ("Gates", "Sizes by kind of tensor", "Entropy by block", "Recipe", "Reproduce"):
+    for heading in ("Pruning", "Gates", "Sizes by kind of tensor", "Entropy by block", "Reproduce"):
         assert f"<h2>{heading}</h2>" in text
     assert "19.17 → 24.1" in outline.text
     assert "1.257 [1.21, 1.298]" in outline.text
@@ -84,7 +84,7 @@ def test_what_is_written_and_that_it_is_the_same_twice(publish: Callable[..., Pa
     assert [file.relative_to(directory).as_posix() for file in files] == [
         "report.html",
         "README.md",
-        *(f"report/{name}.png" for name in ("sizes", "entropy", "exponents")),
+        *(f"report/{name}.png" for name in ("scores", "sizes", "entropy", "exponents")),
     ]
     assert all(data.startswith(b"\x89PNG") for data in first[2:])
     assert sum(map(len, first)) < 1_500_000

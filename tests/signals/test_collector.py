@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,6 +47,11 @@ OF_A_STATE = {
     "nuclear_norm": nuclear_norm,
     "diffusion_entropy": diffusion_entropy,
 }
+OF_ALL_TOKENS = {
+    "entrodrop_knn": knn_entropy,
+    "entrodrop_bucket": bucket_entropy,
+    "entrodrop_renyi": renyi_kernel_entropy,
+}
 OF_A_PAIR = {"cosine": cosine_distance, "norm_ratio": norm_ratio, "angular": angular_distance}
 
 
@@ -75,6 +81,8 @@ def direct(model: Any, tokens: torch.Tensor) -> dict[str, list[list[float]]]:
             values[scorer].append([entropy(b) - entropy(a) for a, b in pairs])
         for scorer, distance in OF_A_PAIR.items():
             values[scorer].append([distance(a, b) for a, b in pairs])
+        for scorer, entropy in OF_ALL_TOKENS.items():
+            values[scorer].append([entropy(b) - entropy(a) for a, b in zip(x, y, strict=True)])
     return values
 
 
@@ -167,6 +175,19 @@ def test_a_state_changed_in_place_between_blocks_is_measured_anew(model: LlamaFo
     assert table.values["knn_entropy"][2][0] == pytest.approx(increase, rel=1e-3)
 
 
+def test_no_state_outlives_its_sequence(model: LlamaForCausalLM) -> None:
+    def count(*_: Any) -> None:
+        everything = (thing for thing in gc.get_objects() if type(thing) is torch.Tensor)
+        states = [tensor for tensor in everything if tensor.shape[-2:] == (60, 32)]
+        alive.append(len(states))
+
+    alive: list[int] = []
+    find_blocks(model)[0].register_forward_pre_hook(count)
+    collect(model, TOKENS.repeat(2, 1), scorers=SCORERS, threads=1)
+    assert len(alive) == 6
+    assert alive[-1] <= alive[1]
+
+
 def test_padding_is_masked(model: LlamaForCausalLM) -> None:
     mask = torch.ones_like(TOKENS)
     mask[:, 52:] = 0
@@ -212,6 +233,8 @@ def test_activations_that_are_not_finite_name_the_block(
             TOKENS * 0 + 97,
             "tokenizer does not fit the model, got token 97, expected less than .* 97",
         ),
+        (TOKENS[0], r"not in sequences, got \[60\], expected \[sequences, length\]"),
+        (TOKENS[:0], r"not in sequences, got \[0, 60\]"),
     ],
 )
 def test_tokens_that_the_model_cannot_take(
@@ -219,6 +242,46 @@ def test_tokens_that_the_model_cannot_take(
 ) -> None:
     with pytest.raises(BadInput, match=message):
         collect(model, tokens)
+
+
+@pytest.mark.parametrize("scorers", [SCORERS_DEFAULT, ["entrodrop_bucket"]])
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(3, 59), r"mask does not fit the tokens, got \[3, 59\], expected \[3, 60\]"),
+        (torch.ones(60), r"got \[60\], expected \[3, 60\]"),
+        (torch.arange(60).lt(40) * torch.tensor([[1], [1], [0]]), "sequence 2: .* got 0, expected"),
+        (torch.arange(60).lt(25).repeat(3, 1), "sequence 0: .*got 25, expected more than 25"),
+    ],
+)
+def test_masks_that_do_not_fit(
+    model: LlamaForCausalLM, mask: torch.Tensor, message: str, scorers: list[str]
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        collect(model, TOKENS, mask, scorers=scorers)
+
+
+def test_too_many_sinks_leave_too_few_tokens_but_to_those_who_see_all(
+    model: LlamaForCausalLM,
+) -> None:
+    def write(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[:, 26:50] *= 1e4
+        return output
+
+    find_blocks(model)[2].register_forward_hook(write)
+    with pytest.raises(BadInput, match="block 2: too few ordinary tokens .* got 25, expected more"):
+        collect(model, TOKENS[:, :50])
+    assert collect(model, TOKENS[:, :50], scorers=["entrodrop_knn"]).blocks == 5
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_model_of_protected_blocks_leaves_no_order(blocks: int) -> None:
+    made = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": blocks})).eval()
+    table = collect(made, TOKENS)
+    assert table.order("cosine") == []
+    assert table.stability("cosine") is None
+    assert set(table.agreement().values()) == {None}
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "distilbert"])
@@ -273,3 +336,12 @@ def test_measure_what_is_asked_for(make_llama: Callable[..., Path], tmp_path: Pa
     assert found.to_json()["stability"]["angular"]["same_choice"] == 1  # both that may go
     with pytest.raises(BadInput, match="unknown scorer"):
         signals.measure(checkpoint, Text(), scorers=["cosin"])
+
+
+def test_measure_on_too_short_a_text(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """A byte is a token, and each of the two documents ends in an empty line."""
+    (tmp_path / "text.jsonl").write_text(f'{{"text": "{"a" * 98}"}}\n' * 2)
+    checkpoint, data = room.open(make_llama(tmp_path / "model")), str(tmp_path / "text.jsonl")
+    assert signals.measure(checkpoint, Text(data, sequences=3)).table.sequences == 3
+    with pytest.raises(BadInput, match=r"short for 4 windows of 64 tokens, got 3 .*\(200 tokens"):
+        signals.measure(checkpoint, Text(data, sequences=4))

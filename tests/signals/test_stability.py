@@ -76,8 +76,13 @@ def test_one_sequence_says_nothing_of_others() -> None:
     assert Measurement(noisy(0, 1), protected_blocks(6)).to_json()["stability"] == {"cosine": None}
 
 
+def test_where_so_many_may_not_go_there_is_no_choice() -> None:
+    assert noisy(1).stability("cosine", None, drop=3) is not None
+    assert noisy(1).stability("cosine", None, drop=4) is None
+
+
 @settings(max_examples=20, deadline=None)
-@given(st.integers(2, 9), st.integers(0, 99), st.integers(1, 4))
+@given(st.integers(2, 9), st.integers(0, 99), st.integers(1, 3))
 def test_the_seed_decides_and_ranks_are_places(sequences: int, seed: int, drop: int) -> None:
     table = noisy(3, sequences, seed)
     found = table.stability("cosine", None, drop, resamples=40, seed=seed)

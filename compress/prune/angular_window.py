@@ -1,41 +1,17 @@
-"""Scores of what would be lost: leave-one-out, and the turn that a window of blocks gives a state.
-
-Both see only the model's states and logits; a low score means: can be removed.
-"""
+"""The turn that a window of adjacent blocks gives a state: a low one means, can be removed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import BadInput
 from compress.progress import SILENT, Progress
-from compress.prune.fitness import RemovalLoss, Unit
 from compress.signals import block_input, find_blocks, run_base
 
 if TYPE_CHECKING:
     import torch
-
-
-def leave_one_out(
-    model: Any,
-    tokens: torch.Tensor,
-    units: Sequence[Unit],
-    *,
-    metric: str = "kl",
-    parts: Mapping[Unit, torch.nn.Module] | None = None,
-    progress: Progress = SILENT,
-) -> dict[Unit, float]:
-    """What the loss of each single unit costs on ``tokens``, int64 [sequences, length].
-
-    ``metric`` and ``parts`` are those of `RemovalLoss`, which also says what is raised and that the
-    memory does not grow with the number of sequences. For blocks this takes about as long as half
-    of ``len(units)`` runs of the model, a head for each.
-    """
-    loss = RemovalLoss(model, tokens, parts=parts, metric=metric, progress=progress)
-    return dict(zip(units, loss([frozenset({unit}) for unit in units]), strict=True))
 
 
 def window_angular(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import torch
 
 from compress.errors import BadInput
 from compress.prune.fitness import RemovalLoss, Unit
-from compress.prune.scorers import leave_one_out, window_angular
 from compress.signals import block_input, find_blocks
 
 BLOCKS = [("block", i) for i in range(6)]
@@ -80,6 +78,13 @@ def units(indices: set[int]) -> list[Unit]:
     return [("block", i) for i in indices]
 
 
+def leave_one_out(
+    model: Any, tokens: torch.Tensor, chosen: Sequence[Unit], **options: Any
+) -> dict[Unit, float]:
+    losses = RemovalLoss(model, tokens, **options)([frozenset({unit}) for unit in chosen])
+    return dict(zip(chosen, losses, strict=True))
+
+
 @pytest.mark.parametrize(("name", "attention"), [("llama", "self_attn"), ("gpt2", "attn")])
 def test_parts_of_blocks(name: str, attention: str, family: Callable[[str], Any]) -> None:
     model = family(name)
@@ -118,6 +123,19 @@ def test_a_budget_takes_the_first_sequences(family: Callable[[str], Any]) -> Non
     assert loss([removal], 41) == loss([removal], 80) == first != loss([removal])
     assert loss([removal], 10**9) == loss([removal])
     assert loss([]) == []
+
+
+@pytest.mark.parametrize("metric", ["kl", "perplexity"])
+def test_by_sequence_each_is_alone(metric: str, family: Callable[[str], Any]) -> None:
+    model = family("llama")
+    sets = [frozenset({("block", 3)}), frozenset({("block", 1), ("block", 4)})]
+    loss = RemovalLoss(model, TOKENS, metric=metric)
+    rows = loss.by_sequence(sets)
+    alone = [RemovalLoss(model, row[None], metric=metric) for row in TOKENS]
+    assert rows == [[each.by_sequence([one])[0][0] for each in alone] for one in sets]
+    means = [sum(row) / len(row) for row in rows]
+    assert loss(sets) == (means if metric == "kl" else [math.exp(mean) for mean in means])
+    assert loss.by_sequence(sets[:1], 41) == [rows[0][:2]]
 
 
 def test_blocks_are_not_run_again_for_what_is_known(family: Callable[[str], Any]) -> None:
@@ -192,7 +210,7 @@ def test_a_block_that_adds_in_place_spoils_nothing(family: Callable[[str], Any])
     assert in_place == whole
 
 
-def test_leave_one_out_gives_each_unit_its_loss(family: Callable[[str], Any]) -> None:
+def test_each_unit_gets_its_own_loss(family: Callable[[str], Any]) -> None:
     model = family("llama")
     chosen = [("block", 4), ("block", 1)]
     scores = leave_one_out(model, TOKENS, chosen, metric="perplexity")
@@ -242,40 +260,3 @@ def test_refusals(
 ) -> None:
     with pytest.raises(BadInput, match=message):
         leave_one_out(family("llama"), TOKENS, [removal], **options)
-
-
-@pytest.mark.parametrize("n", [1, 3, 6])
-def test_window_angular_is_the_angle_at_the_last_token(
-    n: int, family: Callable[[str], Any]
-) -> None:
-    model = family("llama")
-    states = []
-    hook = find_blocks(model)[5].register_forward_hook(lambda m, a, output: states.append(output))
-    with torch.no_grad():
-        inner = model(TOKENS, output_hidden_states=True).hidden_states[:-1]  # the last is normed
-    hook.remove()
-    path = [state[:, -1].double() for state in (*inner, states[0])]
-    expected = [
-        float((torch.cosine_similarity(a, b, dim=1).arccos() / math.pi).mean())
-        for a, b in zip(path[:-n], path[n:], strict=True)
-    ]
-    found = window_angular(model, TOKENS, n)
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert len(found) == 7 - n
-
-
-def test_window_angular_knows_a_block_that_does_nothing(tmp_path: Path, make_family: Any) -> None:
-    model = make_family("llama", tmp_path)
-    for i in (2, 3):
-        block = find_blocks(model)[i]
-        block.mlp.down_proj.weight.data.zero_()
-        block.self_attn.o_proj.weight.data.zero_()
-    distances = window_angular(model, TOKENS, 2)
-    assert distances.index(min(distances)) == 2
-    assert distances[2] < 1e-7 < sorted(distances)[1]
-
-
-@pytest.mark.parametrize("n", [0, 7])
-def test_no_such_window(n: int, family: Callable[[str], Any]) -> None:
-    with pytest.raises(BadInput, match="expected 1 to 6"):
-        window_angular(family("llama"), TOKENS, n)
