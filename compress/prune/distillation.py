@@ -37,16 +37,16 @@ class Distillation:
     """How to distil.
 
     ``batch``: sequences a step. ``rate``: Adam's, from which it falls to 0 as a cosine. Over the
-    first ``dilution`` of the steps the removed units fade from 1 to 0; 0 is better for few steps,
-    and where a start makes up for the units already. ``train``: "projections" are the matrices of
-    the blocks, "norms" the weights of all norms, "all" is both and embeddings that are not tied.
+    first ``dilution`` of the steps the removed units fade from 1 to 0; 0 removes them at once, as
+    suits a start that makes up for them already. ``train``: "projections" are the matrices of the
+    blocks, "norms" the weights of all norms, "all" is every weight that is not tied.
     ``temperature`` divides both models' logits. ``every``: steps between two journals.
     """
 
     steps: int = 200
     batch: int = 4
     rate: float = 1e-4
-    dilution: float = 0.5
+    dilution: float = 0.0
     train: Train = "projections"
     temperature: float = 1.0
     seed: int = 0

@@ -20,7 +20,7 @@ Unit = tuple[str, int]  # ("block" | "attention" | "mlp", index of the block)
 Removal = frozenset[Unit]
 BLOCK = "block"
 METRICS = ("kl", "perplexity")
-_SLICE = 16  # tokens whose distributions are computed at a time: few, so that they stay in cache
+SLICE = 16  # tokens whose distributions are computed at a time: few, so that they stay in cache
 
 
 class Fitness(Protocol):
@@ -160,6 +160,7 @@ class _Path:
         self._shared = 0  # so many leading blocks give what they gave in the run before
         self._states: list[Any] = [None] * len(blocks)  # what each block gave
         self._rests: dict[Unit, tuple[Any, ...] | None] = {}  # of a module that gives a tuple
+        self._shapes: dict[Unit, torch.Size] = {}  # of what it gives
 
     def turn(self, removal: Removal) -> None:
         """The next run leaves out ``removal``."""
@@ -171,9 +172,9 @@ class _Path:
         """Within, the model's runs are the path's."""
         with ExitStack() as stack:
             for index, block in enumerate(self._blocks):
-                stack.enter_context(_replaced(block, partial(self._block, index)))
+                stack.enter_context(replaced(block, partial(self._block, index)))
             for unit, part in self._parts.items():
-                stack.enter_context(_replaced(part, partial(self._part, unit)))
+                stack.enter_context(replaced(part, partial(self._part, unit)))
             yield
 
     def _block(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -190,13 +191,12 @@ class _Path:
 
     def _part(self, unit: Unit, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if unit in self._removal:
-            import torch
-
-            return self._like(unit, torch.zeros_like(block_input(args, kwargs)))
+            return self._like(unit, block_input(args, kwargs).new_zeros(self._shapes[unit]))
         return self._seen(unit, forward(*args, **kwargs))
 
     def _seen(self, unit: Unit, output: Any) -> Any:
         self._rests[unit] = output[1:] if isinstance(output, tuple) else None
+        self._shapes[unit] = (output[0] if isinstance(output, tuple) else output).shape
         return output
 
     def _like(self, unit: Unit, state: torch.Tensor) -> Any:
@@ -206,7 +206,7 @@ class _Path:
 
 
 @contextmanager
-def _replaced(module: Any, instead: Callable[..., Any]) -> Iterator[None]:
+def replaced(module: Any, instead: Callable[..., Any]) -> Iterator[None]:
     """``instead`` gets the module's own forward as first argument.
 
     That may be the instance's, as where a model is spread over devices, and comes back after.
@@ -227,7 +227,7 @@ def log_softmax_in_place(logits: torch.Tensor) -> torch.Tensor:
     import torch
 
     logits = logits.float()
-    for part in logits.split(_SLICE):
+    for part in logits.split(SLICE):
         part.copy_(torch.log_softmax(part, 1))
     return logits
 
@@ -237,7 +237,7 @@ def kl_sum(reference: torch.Tensor, logits: torch.Tensor) -> float:
     import torch
 
     total = 0.0
-    for log_p, part in zip(reference.split(_SLICE), logits.split(_SLICE), strict=True):
+    for log_p, part in zip(reference.split(SLICE), logits.split(SLICE), strict=True):
         log_q = torch.log_softmax(part, 1, torch.float32)
         total += (log_p.exp() * (log_p - log_q)).sum(1).double().sum().item()
     return total
@@ -248,7 +248,7 @@ def _nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
     import torch
 
     total = 0.0
-    for part, target in zip(logits.split(_SLICE), targets.split(_SLICE), strict=True):
+    for part, target in zip(logits.split(SLICE), targets.split(SLICE), strict=True):
         log_q = torch.log_softmax(part, 1, torch.float32).gather(1, target[:, None])
         total -= log_q.double().sum().item()
     return total

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from compress.errors import BadInput
-from compress.prune.fitness import _SLICE, BLOCK, Unit, _replaced
+from compress.prune.fitness import BLOCK, SLICE, Unit, replaced
 from compress.signals import block_input, find_blocks
 
 
@@ -38,7 +38,7 @@ class Gates:
         """Within, the units are gated."""
         with ExitStack() as stack:
             for unit, module in self._units.items():
-                stack.enter_context(_replaced(module, partial(self._forward, unit)))
+                stack.enter_context(replaced(module, partial(self._forward, unit)))
             yield
 
     def _forward(self, unit: Unit, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +118,7 @@ def _divergence(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each token's loss [tokens], and its gradient by ``own``, in the memory of ``whole``."""
     losses = []
-    for reference, part in zip(whole.split(_SLICE), own.split(_SLICE), strict=True):
+    for reference, part in zip(whole.split(SLICE), own.split(SLICE), strict=True):
         log_p = torch.log_softmax(reference / temperature, 1)
         log_q = torch.log_softmax(part / temperature, 1)
         p = log_p.exp()

@@ -133,21 +133,9 @@ class PruneBlocks:
             progress=progress,
         )
         removed = _listed(selection.removed)
-        healed = None
-        if config.heal != "none":
-            healed = heal(
-                model,
-                checkpoint,
-                selection.removed,
-                tokens,
-                heldout,
-                method=config.heal,
-                parts=units.parts,
-                distillation=config.distillation.settings(text.seed),
-                journal=workspace.scratch,
-                threads=workspace.threads,
-                progress=progress,
-            )
+        healed = _heal(
+            checkpoint, model, config, selection.removed, units, tokens, heldout, workspace
+        )
         new = healed.weights if healed else {}
         infos = checkpoint.tensor_infos()
         apply_heal(model, new, infos, find_stack(infos, units.blocks))
@@ -204,6 +192,40 @@ def _least_saved(checkpoint: CheckpointView, config: PruneBlocksConfig, blocks: 
     gone = sorted(free, key=lambda i: (sizes[i], i))[:drop]
     cut_config(checkpoint.config, [i for i in range(blocks) if i not in gone])
     return sum(sizes[i] for i in gone)
+
+
+def _heal(
+    checkpoint: Checkpoint,
+    model: Any,
+    config: PruneBlocksConfig,
+    removed: Removal,
+    units: Units,
+    tokens: Any,
+    unseen: Any,
+    workspace: Workspace,
+) -> Healed | None:
+    """New weights for what stays, if any; none where "auto" meets a model that is not healed."""
+    if config.heal == "none":
+        return None
+    try:
+        return heal(
+            model,
+            checkpoint,
+            removed,
+            tokens,
+            unseen,
+            method="distill" if config.heal == "distill" else "linear",
+            parts=units.parts,
+            distillation=config.distillation.settings(workspace.calibration.seed),
+            journal=workspace.scratch,
+            threads=workspace.threads,
+            progress=workspace.progress,
+        )
+    except BadInput as error:
+        if config.heal != "auto":
+            raise
+        workspace.progress.note(f"not healed: {error}")
+        return None
 
 
 def _budget(

@@ -53,7 +53,7 @@ class DistillationConfig(StageConfig):
     steps: int = Field(default=200, ge=1)
     batch: int = Field(default=4, ge=1)
     rate: float = Field(default=1e-4, gt=0)
-    dilution: float = Field(default=0.5, ge=0, le=1)
+    dilution: float = Field(default=0.0, ge=0, le=1)
     train: Literal["projections", "norms", "all"] = "projections"
     temperature: float = Field(default=1.0, gt=0)
     every: int = Field(default=20, ge=1)
@@ -73,6 +73,7 @@ class PruneBlocksConfig(StageConfig):
     """Either ``drop``, a number of units, or a ``budget``.
 
     ``granularity``: what a unit is, a whole block, its attention, its MLP, or either of the two.
+    ``heal``: "auto" is "linear" for models that it is made for, and "none" for others.
     ``protect``: indices of blocks that stay; by default the first two and the last.
     """
 
@@ -82,7 +83,7 @@ class PruneBlocksConfig(StageConfig):
     scorer: Annotated[str, AfterValidator(partial(_known, RULES))] = "knn_entropy"
     search: Annotated[str, AfterValidator(partial(_known, SEARCHES))] = "one_shot"
     evolution: EvolutionConfig = EvolutionConfig()
-    heal: Literal["none", "linear", "distill"] = "none"
+    heal: Literal["none", "auto", "linear", "distill"] = "none"
     distillation: DistillationConfig = DistillationConfig()
     protect: list[Annotated[int, Field(ge=0)]] | None = None
 
