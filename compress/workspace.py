@@ -178,7 +178,7 @@ class RunDirectory:
         """Whether nothing is finished here that a resumed run could use."""
         return not any(
             path.name not in ("lock", "run.json") and path.suffix == ".json"
-            for pattern in ("*.json", "*/*.done.json", "*.scratch/*.json")
+            for pattern in ("*.json", "*/*.done.json", "*.scratch/*")
             for path in self.path.glob(pattern)
         ) and not self._run().get("published")
 

@@ -28,6 +28,7 @@ FLOORS = {
     "stages": 5,
     "evaluate": 4,
     "prune": 4,
+    "quant": 4,
     "report": 4,
     "hf": 3,
     "signals": 3,

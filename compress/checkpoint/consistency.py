@@ -29,12 +29,16 @@ def coding(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def dense_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without the mark of our coding; a ``quantization_config`` left is another's.
+    """The config as it was before it was coded; a ``quantization_config`` left is another's.
 
     One that is null, as some tools write it, says nothing and goes too.
     """
-    bare = not config.get(_MARK) or coding(config) is not None
-    return {key: value for key, value in config.items() if not (bare and key == _MARK)}
+    ours = coding(config)
+    quantized = config.get(_MARK) if ours is None else ours.get(_MARK)
+    return {
+        **{key: value for key, value in config.items() if key != _MARK},
+        **({_MARK: quantized} if quantized else {}),
+    }
 
 
 def check_index(path: Path, headers: dict[str, Header], weight_map: dict[str, str] | None) -> None:

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from compress import checkpoint as room
-from compress import codec
 from compress.checkpoint import Checkpoint, TensorInfo
+from compress.hf import count_weights
 from compress.progress import SILENT, Progress
 from compress.signals import measure_weights
 
 
 @dataclass(frozen=True)
 class SizeRow:
-    """A group of tensors. ``exponent_bits``: entropy of its exponents in bits, None if unknown."""
+    """A group of tensors. ``exponent_bits``: entropy of its exponents in bits, None if unknown.
+
+    ``weights``: as `compress.hf.count_weights`; what is stored of scales counts, they do not.
+    """
 
     group: str
     tensors: int
@@ -28,8 +31,8 @@ class SizeRow:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits, all overhead inside the tensors included."""
-        return 8 * self.stored_nbytes / max(1, self.weights)
+        """Stored bits, all overhead inside the tensors included; 0 of a group without weights."""
+        return 8 * self.stored_nbytes / self.weights if self.weights else 0.0
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,15 @@ def inspect(
     if entropy:
         found = measure_weights(checkpoint, progress)
         bits = {tensor.name: tensor.bits for tensor in found if tensor.symbol == "exponent"}
+    weights = count_weights(checkpoint)
     manifest = checkpoint.manifest
     return Inspection(
         path=checkpoint.path,
         coded=checkpoint.coded,
         file_nbytes=_file_nbytes(checkpoint),
-        total=_row("all", infos, bits),
-        dtypes=_group(infos, bits, lambda info: info.dtype),
-        kinds=_group(infos, bits, lambda info: kind(info.name)),
+        total=_row("all", infos, weights, bits),
+        dtypes=_group(infos, weights, bits, lambda info: info.dtype),
+        kinds=_group(infos, weights, bits, lambda info: kind(info.name)),
         manifest=manifest
         and {
             key: manifest[key]
@@ -86,23 +90,27 @@ def kind(name: str) -> str:
 
 
 def _group(
-    infos: Iterable[TensorInfo], bits: dict[str, float], key: Callable[[TensorInfo], str]
+    infos: Iterable[TensorInfo],
+    weights: dict[str, int],
+    bits: dict[str, float],
+    key: Callable[[TensorInfo], str],
 ) -> list[SizeRow]:
     groups: dict[str, list[TensorInfo]] = defaultdict(list)
     for info in infos:
         groups[key(info)].append(info)
-    rows = [_row(group, members, bits) for group, members in groups.items()]
+    rows = [_row(group, members, weights, bits) for group, members in groups.items()]
     return sorted(rows, key=lambda row: (-row.nbytes, row.group))
 
 
-def _row(group: str, infos: list[TensorInfo], bits: dict[str, float]) -> SizeRow:
-    weights = {info.name: info.nbytes * 8 // codec.dtype_bits(info.dtype) for info in infos}
+def _row(
+    group: str, infos: list[TensorInfo], weights: dict[str, int], bits: dict[str, float]
+) -> SizeRow:
     measured = sum(weights[info.name] for info in infos if info.name in bits)
     total = sum(weights[info.name] * bits[info.name] for info in infos if info.name in bits)
     return SizeRow(
         group,
         tensors=len(infos),
-        weights=sum(weights.values()),
+        weights=sum(weights[info.name] for info in infos),
         nbytes=sum(info.nbytes for info in infos),
         stored_nbytes=sum(info.stored_nbytes for info in infos),
         exponent_bits=total / measured if measured else None,

@@ -140,8 +140,11 @@ def _compare(
     def fault(info: TensorInfo) -> str | None:
         name = origins[info.name]
         record = records[name]
+        if not lossless and info.name in changed:  # quantized, it may be several tensors
+            report.not_compared.extend(n for n in records if records[n].get("from", n) == info.name)
+            return None
         same = record["shape"] == list(info.shape)
-        if same and not lossless and (record["dtype"] != info.dtype or info.name in changed):
+        if same and not lossless and record["dtype"] != info.dtype:
             report.not_compared.append(name)
             return None
         same = same and record["dtype"] == info.dtype

@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compress._autoload import install
+from compress.hf.quantized import COMPRESSED_TENSORS, count_weights
 
 if TYPE_CHECKING:
-    from compress.hf.skipping import skip_if_possible, skip_sublayers
+    from compress.hf.skipping import skip_if_possible, skip_sublayers, skipped_parts
 
-__all__ = ["skip_if_possible", "skip_sublayers"]
+__all__ = [
+    "COMPRESSED_TENSORS",
+    "count_weights",
+    "skip_if_possible",
+    "skip_sublayers",
+    "skipped_parts",
+]
 
 install()
 

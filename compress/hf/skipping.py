@@ -47,7 +47,7 @@ def skip_sublayers(model: Any) -> Any:
     unknown structure, with attention that depends on its position, or not all on one device, and
     `Corrupt` where what is to be skipped is not zero. Whatever is raised, the model is as before.
     """
-    skipped = _skipped(model.config)
+    skipped = skipped_parts(model.config)
     if not skipped or any(isinstance(module, _Skipped) for module in model.modules()):
         return model
     _check_in_one_place(model)
@@ -173,8 +173,11 @@ def _set(owner: nn.Module, name: str, value: Any, undo: ExitStack) -> None:
     setattr(owner, name, value)
 
 
-def _skipped(config: Any) -> dict[int, list[str]]:
-    """What a config skips of which block: of "attention" and "mlp", in this order."""
+def skipped_parts(config: Any) -> dict[int, list[str]]:
+    """What a model's config names as skipped, by block: of "attention" and "mlp", in this order.
+
+    Raises `BadInput` for a part of another name.
+    """
     text = config.get_text_config(decoder=True)
     stated = {
         int(i): set(entry["skip"]) for i, entry in (getattr(text, _OWN_KEY, None) or {}).items()

@@ -10,6 +10,7 @@ from compress.prune.evolution import Evolution, Evolved, evolve
 from compress.prune.fitness import Removal, RemovalLoss, Unit
 from compress.prune.heal import Healed, heal
 from compress.prune.healing import apply_heal, fit_linear_heal
+from compress.prune.healing_gaps import Unhealable
 from compress.prune.healing_loss import healed_kl
 from compress.prune.proof import check_pruned, output_without
 from compress.prune.remembered import Remembered
@@ -29,7 +30,7 @@ from compress.prune.sublayer_parts import sublayer_parts
 from compress.prune.sublayer_surgery import drop_sublayers, skip_config, unit_tensors
 from compress.prune.sublayers import Sublayer, Sublayers, find_sublayers
 from compress.prune.surgery import BlockStack, find_stack, remove_blocks
-from compress.prune.units import KINDS, MEASURES, Units, find_units, savings, without
+from compress.prune.units import KINDS, MEASURES, Units, find_units, gone_before, savings, without
 
 __all__ = [
     "KINDS",
@@ -52,6 +53,7 @@ __all__ = [
     "Selection",
     "Sublayer",
     "Sublayers",
+    "Unhealable",
     "Unit",
     "Units",
     "apply_heal",
@@ -68,6 +70,7 @@ __all__ = [
     "find_sublayers",
     "find_units",
     "fit_linear_heal",
+    "gone_before",
     "greedy",
     "heal",
     "healed_kl",

@@ -73,7 +73,12 @@ def read_training(path: Path, identity: str, state: Mapping[str, torch.Tensor]) 
             if bytes(_bytes(file.get_tensor(_DIGEST))) != digest.digest():
                 raise ValueError("another digest")
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise Corrupt("not the whole journal of a distillation", where=path, got=error) from None
+        raise Corrupt(
+            "not the whole journal of a distillation",
+            where=path,
+            got=error,
+            mend="remove it to train anew, or start again with --overwrite",
+        ) from None
     losses: list[float] = history.tolist()
     return losses
 

@@ -13,6 +13,7 @@ from compress.progress import SILENT, Progress
 from compress.prune.distillation import Distillation, distill
 from compress.prune.fitness import Removal, Unit
 from compress.prune.healing import fit_linear_heal, parameter_of
+from compress.prune.healing_gaps import Unhealable
 from compress.prune.healing_loss import healed_kl
 from compress.prune.settings import block_count
 from compress.prune.surgery import BlockStack, find_stack
@@ -55,16 +56,18 @@ def heal(
     parts: Mapping[Unit, torch.nn.Module] | None = None,
     distillation: Distillation | None = None,
     journal: Path | None = None,
+    subject: str = "",
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> Healed:
     """New weights for the units that stay, such that ``removed`` is missed less.
 
-    "linear" is `fit_linear_heal`, "distill" that (where it helps) and then `distill`. Both learn
-    from ``tokens`` and are judged on ``unseen``, int64 [sequences, length]; the best outcome, or
-    none, is kept. ``model``: float32,
+    "linear" is `fit_linear_heal`, "distill" that (where it can be and helps) and then `distill`.
+    Both learn from ``tokens`` and are judged on ``unseen``, int64 [sequences, length]; the best
+    outcome, or none, is kept. ``model``: float32,
     whole, left as it is; ``parts``: see `RemovalLoss`; ``journal``: a directory for an interrupted
-    distillation. Raises as those two, and `BadInput` where the model's parameters are not the
+    distillation, of the model that ``subject`` names. Raises as those two, `Unhealable` where a
+    linear fold is asked for and cannot be, and `BadInput` where the model's parameters are not the
     checkpoint's tensors.
     """
     infos = checkpoint.tensor_infos()
@@ -75,9 +78,14 @@ def heal(
             model, unseen, removed, weights, infos, stack, parts=parts, progress=progress
         )
 
-    linear = fit_linear_heal(
-        model, tokens, removed, stack, parts=parts, threads=threads, progress=progress
-    )
+    linear: dict[str, torch.Tensor] = {}
+    try:
+        linear = fit_linear_heal(
+            model, tokens, removed, stack, parts=parts, threads=threads, progress=progress
+        )
+    except Unhealable:
+        if method == "linear":
+            raise
     before, after = judge(linear)
     best, kl = (linear, after) if after < before else ({}, before)
     if method == "linear":
@@ -91,6 +99,7 @@ def heal(
         parts=parts,
         start={names[name]: value for name, value in best.items()},
         journal=journal and journal / "distillation.safetensors",
+        subject=subject,
         progress=progress,
     )
     tensors = {parameter: name for name, parameter in names.items()}

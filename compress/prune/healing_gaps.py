@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from compress.errors import BadInput
 from compress.prune.fitness import BLOCK, Unit
 
+
+class Unhealable(BadInput):
+    """The model is not one that a linear fold is made for."""
+
+
 _HALVES = {BLOCK: (0, 1), "attention": (0,), "mlp": (1,)}  # of a block, in the stream's order
 
 
@@ -44,7 +49,7 @@ def find_gaps(removed: Collection[Unit]) -> list[Gap]:
 def _check_beginning(removed: Collection[Unit], last: int) -> None:
     for kind, index in sorted(removed):
         if kind == BLOCK and index <= last:
-            raise BadInput(
+            raise Unhealable(
                 f"block {index} cannot be healed: nothing is left before it",
                 got="all up to it removed",
                 mend="prune without healing",

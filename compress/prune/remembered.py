@@ -10,6 +10,7 @@ from compress.checkpoint import dump_json, load_object, write_atomic
 from compress.errors import BadInput, Corrupt
 from compress.prune.fitness import Fitness, Removal
 
+_MEND = "remove it to measure anew, or start again with --overwrite"
 _Key = tuple[Removal, int | None]
 
 
@@ -49,8 +50,8 @@ class Remembered:
 
 
 def _read(journal: Path, subject: str) -> dict[_Key, float]:
-    document = load_object(journal)
     try:
+        document = load_object(journal)
         found = document["subject"]
         known: dict[_Key, float] = {
             (frozenset((str(kind), int(i)) for kind, i in each["removed"]), each["tokens"]): float(
@@ -58,14 +59,16 @@ def _read(journal: Path, subject: str) -> dict[_Key, float]:
             )
             for each in document["losses"]
         }
-    except (KeyError, TypeError, ValueError) as error:
-        raise Corrupt("not the journal of a search", where=journal, got=repr(error)) from None
+    except (Corrupt, KeyError, TypeError, ValueError) as error:
+        raise Corrupt(
+            "not the journal of a search", where=journal, got=repr(error), mend=_MEND
+        ) from None
     if found != subject:
         raise BadInput(
             "the journal is that of another search",
             where=journal,
             got=found,
             expected=subject,
-            mend="remove it, or choose another journal",
+            mend=_MEND,
         )
     return known

@@ -37,20 +37,20 @@ def best_window(distances: Sequence[float], size: int, budget: Budget) -> Remova
     ``distances``: those of `window_angular` for windows of ``size`` blocks. Ties go to the
     earliest. Raises `BadInput` where no such window may go and meets the budget.
     """
-    windows = {
-        start: frozenset((BLOCK, start + i) for i in range(size)) for start in range(len(distances))
-    }
-    free = [
-        start
-        for start, window in windows.items()
-        if window <= budget.costs.keys() and budget.met(window)
-    ]
+    free = [window for window in windows_of(size, budget) if budget.met(window)]
     if not free:
         raise BadInput(
             f"no {size} adjacent blocks may all go and are enough",
             expected="fewer protected blocks",
         )
-    return windows[min(free, key=lambda start: distances[start])]
+    return min(free, key=lambda window: distances[min(window)[1]])
+
+
+def windows_of(size: int, budget: Budget) -> list[Removal]:
+    """All runs of ``size`` adjacent blocks that may go, by their first."""
+    starts = sorted(index for _, index in budget.costs)
+    runs = [frozenset((BLOCK, start + i) for i in range(size)) for start in starts]
+    return [run for run in runs if run <= budget.costs.keys()]
 
 
 def iterative(

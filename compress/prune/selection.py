@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,14 @@ from compress.prune.budget import Budget
 from compress.prune.evolution import Evolution, evolve
 from compress.prune.fitness import BLOCK, Removal, RemovalLoss, Unit
 from compress.prune.remembered import Remembered
-from compress.prune.search import best_window, greedy, iterative, last_first, random_order
+from compress.prune.search import (
+    best_window,
+    greedy,
+    iterative,
+    last_first,
+    random_order,
+    windows_of,
+)
 from compress.prune.units import Units, without
 from compress.signals import SCORERS, SCORERS_DEFAULT, BlockTable, collect
 
@@ -83,6 +91,7 @@ def select(
     seed: int = 0,
     tables: Mapping[str, BlockTable] | None = None,
     journal: Path | None = None,
+    subject: str = "",
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> Selection:
@@ -96,9 +105,9 @@ def select(
 
     ``tokens`` and ``heldout``: int64 [sequences, length]. ``tables``: those of an earlier selection
     on the same tokens that took all scorers that this one needs. ``journal``: a directory for what
-    was measured, from which an interrupted search goes on to the same result. Raises `BadInput` for
-    an unknown rule or search or one that does not fit the units, and what `collect`, `RemovalLoss`
-    and `evolve` raise.
+    was measured of the model that ``subject`` names, from which an interrupted search goes on to
+    the same result. Raises `BadInput` for an unknown rule or search or one that does not fit the
+    units, and what `collect`, `RemovalLoss`, `Remembered` and `evolve` raise.
     """
     check_rules(scorer, search, units.kinds)
     wanted = PROPOSING if search in _OF_EVERY_SCORER else (*SCORERS_DEFAULT, scorer)
@@ -109,7 +118,9 @@ def select(
 
     def loss(metric: str) -> Remembered:
         fitness = RemovalLoss(model, tokens, parts=units.parts, metric=metric, progress=progress)
-        return Remembered(fitness, journal and journal / f"{metric}.json")
+        text = hashlib.sha256(tokens.cpu().contiguous().numpy()).hexdigest()
+        told = f"{subject} {list(tokens.shape)} {text}"
+        return Remembered(fitness, journal and journal / f"{metric}.json", told)
 
     kl = loss("kl")
     tables = measure() if tables is None else tables
@@ -162,11 +173,15 @@ def check_rules(scorer: str, search: str, kinds: Sequence[str]) -> None:
             raise BadInput(f"no such rule '{name}'", mend=did_you_mean(name, known))
     if scorer == "window_angular" and tuple(kinds) != (BLOCK,):
         raise BadInput(
-            "windows are of whole blocks", got=", ".join(kinds), mend="granularity: block"
+            "windows are of whole blocks",
+            where="prune_blocks.scorer",
+            got=", ".join(kinds),
+            mend="granularity: block",
         )
     if search == "iterative" and scorer not in SCORERS:
         raise BadInput(
             f"'{scorer}' has no scores to take anew after each removal",
+            where="prune_blocks.search",
             expected=f"one of {', '.join(SCORERS)}",
             mend="search: greedy" if scorer.startswith("leave_one_out_") else None,
         )
@@ -209,5 +224,11 @@ def _order(scores: Mapping[Unit, Any], budget: Budget) -> list[Unit]:
 
 def _window(model: Any, tokens: torch.Tensor, budget: Budget, progress: Progress) -> Removal:
     """The smallest window of adjacent blocks that is enough, where the stream turns least."""
-    size = len(budget.cut(sorted(budget.costs, key=lambda unit: (-budget.costs[unit], unit))))
-    return best_window(window_angular(model, tokens, size, progress=progress), size, budget)
+    blocks = sorted(index for _, index in budget.costs)
+    for size in range(1, len(blocks) + 1):
+        if any(budget.met(window) for window in windows_of(size, budget)):
+            distances = window_angular(model, tokens, size, progress=progress)
+            return best_window(distances, size, budget)
+    raise BadInput(
+        "no adjacent blocks may all go and are enough", mend="remove less, or protect fewer blocks"
+    )

@@ -20,7 +20,7 @@ _LEADING = (
     "max_window_layers",
     "num_dense_layers",
 )  # the first so many blocks are special
-_BY_BLOCK = "per_layer_config"
+_BY_BLOCK = ("per_layer_config", "entropress_skip")  # by a block's number, as text
 _SPARSE_STEP = "decoder_sparse_step"
 _NOT_OF_BLOCKS = ("architectures", "id2label", "label2id")
 _REFUSED = {
@@ -91,9 +91,11 @@ def cut_config(config: Mapping[str, Any], keep: Sequence[int]) -> dict[str, Any]
     for name in _LEADING:
         if full.get(name) is not None:
             cut[name] = sum(old < full[name] for old in keep)
-    if stated.get(_BY_BLOCK):
-        by_block = {int(old): value for old, value in stated[_BY_BLOCK].items()}
-        cut[_BY_BLOCK] = {str(j): by_block[i] for j, i in enumerate(keep) if i in by_block}
+    for name in _BY_BLOCK:
+        by_block = {int(old): value for old, value in (stated.get(name) or {}).items()}
+        cut.pop(name, None)
+        if left := {str(j): by_block[i] for j, i in enumerate(keep) if i in by_block}:
+            cut[name] = left
     whole = {**config, "text_config": cut} if nested else cut
     if (count := block_count(whole)) != len(keep):
         raise BadInput(
@@ -150,7 +152,7 @@ def _refuse(stated: Mapping[str, Any], full: Mapping[str, Any]) -> None:
                 where="config.json",
                 got=f"{name} {fields[name]}",
             )
-    known = (*_COUNTS, *_ONE_PER_BLOCK, *_INDICES, _BY_BLOCK, *_NOT_OF_BLOCKS)
+    known = (*_COUNTS, *_ONE_PER_BLOCK, *_INDICES, *_BY_BLOCK, *_NOT_OF_BLOCKS)
     for name, value in fields.items():
         if name in known or name.endswith(("token_id", "token_ids")):
             continue

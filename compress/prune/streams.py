@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import BadInput
 from compress.prune.fitness import BLOCK, Unit
-from compress.prune.healing_gaps import Gap
+from compress.prune.healing_gaps import Gap, Unhealable
 from compress.signals import block_input, block_output, find_blocks, ordinary_tokens, run_base
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ class Streams:
         state = None if state is None else state[:, :_PROBE]
         plain = self._run(row, state, here, silent=True)
         if plain.last is None:
-            raise BadInput("cannot be healed: no linear projection onto the stream", where=where)
+            raise Unhealable("cannot be healed: no linear projection onto the stream", where=where)
         size = float(plain.projected.square().mean().sqrt()) or 1.0
         noise = torch.randn(plain.projected.shape, generator=torch.Generator().manual_seed(0))
         shift = (size * noise).to(row.device)
@@ -109,7 +108,7 @@ class Streams:
         shift, change = shift.view_as(plain.left)[0, 1:], (moved.left - plain.left)[0, 1:]
         share = float((change * shift).sum() / shift.square().sum())
         if not (change - share * shift).norm() < _TOLERANCE * abs(share) * shift.norm():
-            raise BadInput(
+            raise Unhealable(
                 "cannot be healed: its last projection is not simply added to the stream",
                 where=where,
                 got=f"{self.name(plain.last, before)}, with a norm, experts or the like after it",

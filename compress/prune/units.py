@@ -36,17 +36,20 @@ class Units:
     """The units of one granularity in a loaded model.
 
     ``kinds`` of the units; ``parts``: the modules that add what attention and MLPs give to the
-    residual stream; ``sublayers``: by block, none where whole blocks are the units.
+    residual stream; ``sublayers``: by block, none where whole blocks are the units; ``gone``: what
+    the model's config names as skipped, removed before.
     """
 
     kinds: tuple[str, ...]
     blocks: int
     parts: Mapping[Unit, torch.nn.Module]
     sublayers: list[Sublayers]
+    gone: frozenset[Unit] = frozenset()
 
     def free(self, protect: Collection[int] | None = None) -> list[Unit]:
-        """Those that may go; ``protect`` as for `protected_blocks`."""
-        return [unit for kind in self.kinds for unit in removable(kind, self.blocks, protect)]
+        """Those that are left and may go; ``protect`` as for `protected_blocks`."""
+        units = [unit for kind in self.kinds for unit in removable(kind, self.blocks, protect)]
+        return [unit for unit in units if unit not in self.gone]
 
     def to_score(self, model: Any, kind: str) -> list[Part] | None:
         """One kind as the calibration pass wants it."""
@@ -73,7 +76,14 @@ def find_units(model: Any, granularity: str) -> Units:
         for i, block in enumerate(sublayers)
         for kind in kinds
     }
-    return Units(kinds, len(sublayers), parts, sublayers)
+    return Units(kinds, len(sublayers), parts, sublayers, gone_before(model.config))
+
+
+def gone_before(config: Any) -> frozenset[Unit]:
+    """The units that a model's config (transformers') names as skipped; `BadInput` if unknown."""
+    from compress.hf import skipped_parts
+
+    return frozenset((kind, i) for i, kinds in skipped_parts(config).items() for kind in kinds)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -92,6 +93,13 @@ class Window:
                     mend="use longer windows",
                 )
             scores |= self._ours(x, y, keep)
+        for scorer, score in scores.items():
+            if not math.isfinite(score):
+                raise BadInput(
+                    "activations are too large to score",
+                    where=f"block {block}",
+                    got=f"{scorer} {score}",
+                )
         self.sinks.append(sinks_written(x, y, self._attended))
         self.scores.append(scores)
 

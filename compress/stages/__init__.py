@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from compress.stages import cast, encode_weights, prune_blocks
+from compress.stages import cast, encode_weights, prune_blocks, quantize
 from compress.stages.base import (
     Calibration,
     CheckpointView,
+    Decoded,
     Estimate,
     Stage,
     StageConfig,
@@ -20,6 +21,7 @@ from compress.stages.base import (
 __all__ = [
     "Calibration",
     "CheckpointView",
+    "Decoded",
     "Estimate",
     "Stage",
     "StageConfig",
@@ -30,6 +32,7 @@ __all__ = [
     "get",
     "names",
     "prune_blocks",
+    "quantize",
     "register",
     "total_nbytes",
 ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from compress.checkpoint import Checkpoint, TensorInfo
+from compress.checkpoint import Checkpoint, TensorInfo, dense_config
 from compress.progress import SILENT, Progress
 from compress.registry import Registry
 
@@ -56,6 +56,28 @@ class CheckpointView(Protocol):
     def tensor_infos(self) -> dict[str, TensorInfo]: ...
 
     def chunks(self, name: str) -> Iterator[Buffer]: ...
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a coded checkpoint is for the stage after one that writes it dense."""
+
+    source: CheckpointView
+    coded: bool = False
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dense_config(self.source.config)
+
+    def tensor_infos(self) -> dict[str, TensorInfo]:
+        return self.source.tensor_infos()
+
+    def chunks(self, name: str) -> Iterator[Buffer]:
+        return self.source.chunks(name)
 
 
 @dataclass(frozen=True)

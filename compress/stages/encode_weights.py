@@ -20,6 +20,7 @@ from compress.checkpoint import (
     rewrite,
 )
 from compress.errors import BadInput, Corrupt
+from compress.hf import COMPRESSED_TENSORS, count_weights
 from compress.progress import SILENT, Progress
 from compress.stages.base import (
     Calibration,
@@ -38,7 +39,11 @@ class EncodeWeightsConfig(StageConfig):
 
 @register
 class EncodeWeights:
-    """Huffman-code all tensors under their own names; nothing is built, nothing is lost."""
+    """Huffman-code all tensors under their own names; nothing is built, nothing is lost.
+
+    Of a compressed-tensors checkpoint these are codes, packed or not, scales and zero points; what
+    they do not compress by is stored as it is, with checksums.
+    """
 
     name: ClassVar[str] = "encode_weights"
     Config: ClassVar[type[StageConfig]] = EncodeWeightsConfig
@@ -53,9 +58,10 @@ class EncodeWeights:
     ) -> Estimate:
         """The exact size of the coded tensors from histograms, one pass of reading; or that of now.
 
-        Raises `BadInput` for a checkpoint that is coded or quantized already.
+        Raises `BadInput` for a checkpoint that is coded already, or quantized otherwise than by
+        compressed-tensors.
         """
-        _refuse_coded(checkpoint)
+        _original_quantization(checkpoint)
         infos = checkpoint.tensor_infos().values()
         nbytes = sum(
             codec.predict(info.dtype, checkpoint.chunks(info.name), info.shape)
@@ -69,7 +75,7 @@ class EncodeWeights:
         self, checkpoint: Checkpoint, config: EncodeWeightsConfig, workspace: Workspace
     ) -> tuple[Checkpoint, StageReport]:
         """Code into ``workspace.directory``; every block is decoded and compared on the way."""
-        _refuse_coded(checkpoint)
+        quantized = _original_quantization(checkpoint)
         infos = checkpoint.tensor_infos()
 
         def code(info: TensorInfo) -> Iterator[NewTensor]:
@@ -83,7 +89,7 @@ class EncodeWeights:
             code,
             config={
                 **checkpoint.config,
-                "quantization_config": quantization_config(infos.values()),
+                "quantization_config": quantization_config(infos.values(), quantized),
             },
             metadata={"format": "pt", QUANT_METHOD: str(codec.FORMAT_VERSION)},
             progress=workspace.progress,
@@ -104,16 +110,19 @@ class EncodeWeights:
         return coded, report
 
 
-def quantization_config(infos: Collection[TensorInfo]) -> dict[str, Any]:
+def quantization_config(
+    infos: Collection[TensorInfo], quantized: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What ``config.json`` says of a coded checkpoint with these tensors.
 
+    ``quantized``: what it said of quantization before they were coded; kept, word for word.
     ``dtype`` is for models whose config names none: transformers would look at the stored bytes. It
     takes the first floating-point dtype of the first shard, by name, and so does this.
     """
     names = [info.name for info in infos]
     first = sorted((info.file, info.name, info.dtype) for info in infos)
     floats = (FLOATS[dtype] for _, _, dtype in first if dtype in FLOATS)
-    return {
+    ours = {
         "quant_method": QUANT_METHOD,
         "format_version": codec.FORMAT_VERSION,
         "min_reader": codec.MIN_READER,
@@ -121,17 +130,22 @@ def quantization_config(infos: Collection[TensorInfo]) -> dict[str, Any]:
         "names_sha256": names_sha256(names),
         "dtype": next(floats, None),
     }
+    return ours if quantized is None else {**ours, "quantization_config": quantized}
 
 
 def size_table(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Bytes before and after coding, in all and by dtype, and stored bits per weight."""
+    """Bytes before and after coding, in all and by dtype, and stored bits per weight.
+
+    Weights are those that codes stand for (`compress.hf.count_weights`); scales are none.
+    """
+    weights = count_weights(checkpoint)
     dtypes: dict[str, dict[str, int]] = defaultdict(
         lambda: {"tensors": 0, "weights": 0, "bytes_in": 0, "bytes_out": 0}
     )
     for info in checkpoint.tensor_infos().values():
         row = dtypes[info.dtype]
         row["tensors"] += 1
-        row["weights"] += info.nbytes * 8 // codec.dtype_bits(info.dtype)
+        row["weights"] += weights[info.name]
         row["bytes_in"] += info.nbytes
         row["bytes_out"] += info.stored_nbytes
     total = {
@@ -180,15 +194,19 @@ def _record(info: TensorInfo, digest: Digest) -> dict[str, Any]:
     return {"dtype": info.dtype, "shape": list(info.shape), "sha256": digest.hexdigest()}
 
 
-def _refuse_coded(checkpoint: CheckpointView) -> None:
+def _original_quantization(checkpoint: CheckpointView) -> dict[str, Any] | None:
+    """The ``quantization_config`` of a checkpoint that can be coded; None for a dense one."""
     if checkpoint.coded:
         raise BadInput(
             "already compressed by entropress", where=checkpoint.path, mend="decompress it first"
         )
-    if quantized := dense_config(checkpoint.config).get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    stated = dense_config(checkpoint.config).get("quantization_config")
+    method = stated.get("quant_method") if isinstance(stated, dict) else stated
+    if stated and method != COMPRESSED_TENSORS:
         raise BadInput(
-            f"already quantized by {method}, which encode_weights cannot take in yet",
+            f"already quantized by {method}, which encode_weights cannot take in",
             where=checkpoint.path,
+            expected=f"a dense model or one quantized by {COMPRESSED_TENSORS}",
             mend="pass the model it was made from",
         )
+    return stated

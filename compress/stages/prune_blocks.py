@@ -16,6 +16,7 @@ from compress.prune import (
     Healed,
     Removal,
     Selection,
+    Unhealable,
     Unit,
     Units,
     apply_heal,
@@ -27,6 +28,7 @@ from compress.prune import (
     drop_sublayers,
     find_stack,
     find_units,
+    gone_before,
     heal,
     model_config,
     output_without,
@@ -49,6 +51,7 @@ from compress.signals import (
 from compress.stages.base import (
     Calibration,
     CheckpointView,
+    Decoded,
     Estimate,
     StageConfig,
     StageReport,
@@ -90,6 +93,7 @@ class PruneBlocks:
         check_rules(config.scorer, config.search, kinds)
         config.evolution.settings(calibration.seed)
         blocks = block_count(checkpoint.config)
+        gone_before(model_config(checkpoint.config))
         check_drop(blocks, config.drop or 1, config.protect, len(kinds))
         check_length(model_config(checkpoint.config), calibration.length)
         load_text(calibration.data)
@@ -102,7 +106,8 @@ class PruneBlocks:
             if measure == "parameters" and config.granularity == "block":
                 size = round(total_nbytes(checkpoint) * (1 - share))
             removed = f"{what} with {share:.3g} of the {measure.replace('_', ' ')}"
-        return Estimate(size, [f"{removed} removed, chosen by {chosen}"])
+        outcome = Decoded(checkpoint) if checkpoint.coded else None
+        return Estimate(size, [f"{removed} removed, chosen by {chosen}"], outcome)
 
     def run(
         self, checkpoint: Checkpoint, config: PruneBlocksConfig, workspace: Workspace
@@ -129,6 +134,7 @@ class PruneBlocks:
             evolution=config.evolution.settings(text.seed),
             seed=text.seed,
             journal=workspace.scratch,
+            subject=checkpoint.fingerprint,
             threads=workspace.threads,
             progress=progress,
         )
@@ -140,6 +146,13 @@ class PruneBlocks:
         infos = checkpoint.tensor_infos()
         apply_heal(model, new, infos, find_stack(infos, units.blocks))
         expected = output_without(model, tokens[0], selection.removed, units.parts)
+        if not expected.isfinite().all():
+            raise BadInput(
+                "the pruned model would compute NaN or infinity",
+                where=checkpoint.path,
+                got=f"{removed} removed",
+                mend="remove less, protect more blocks, or choose another rule or search",
+            )
         del model  # before the pruned one is loaded
         renamed: dict[str, str] = {}
         gone: list[str] = []
@@ -156,7 +169,7 @@ class PruneBlocks:
         return pruned, StageReport(
             stage=self.name,
             config=config.model_dump(mode="json"),
-            summary=_summary(config, units, selection, removed) + _words(healed),
+            summary=_summary(config, units, selection, removed) + _words(config, healed),
             metrics={
                 **_metrics(config, units, selection, removed),
                 "budget": _spent(config, budget, total, selection.removed),
@@ -218,14 +231,15 @@ def _heal(
             parts=units.parts,
             distillation=config.distillation.settings(workspace.calibration.seed),
             journal=workspace.scratch,
+            subject=checkpoint.fingerprint,
             threads=workspace.threads,
             progress=workspace.progress,
         )
-    except BadInput as error:
+    except Unhealable as error:
         if config.heal != "auto":
             raise
         workspace.progress.note(f"not healed: {error}")
-        return None
+        return None  # the summary says so as well
 
 
 def _budget(
@@ -244,7 +258,7 @@ def _budget(
             f"so large a share of the {measure.replace('_', ' ')} cannot be removed",
             where="prune_blocks.budget",
             got=share,
-            expected=f"at most {most:.3g}, what is not protected and leaves a block",
+            expected=f"at most {math.floor(most * 1000) / 1000:g}, what may go and leaves a block",
         )
     return Budget(costs, max(1, math.ceil(share * total))), total
 
@@ -331,9 +345,9 @@ def _finite(kl: float | None) -> float | None:
     return None if kl is None or math.isinf(kl) else kl
 
 
-def _words(healed: Healed | None) -> str:
+def _words(config: PruneBlocksConfig, healed: Healed | None) -> str:
     if healed is None:
-        return ""
+        return ", which cannot be healed" if config.heal == "auto" else ""
     how = "a linear fold" if healed.method == "linear" else "distillation"
     return f", healed by {how}" if healed.kept else f", {how} did not help"
 
@@ -342,8 +356,8 @@ def _told(healed: Healed) -> dict[str, Any]:
     """A healing without its weights."""
     return {
         "method": healed.method,
-        "kl_before": healed.kl_before,
-        "kl_after": healed.kl_after,
+        "kl_before": _finite(healed.kl_before),
+        "kl_after": _finite(healed.kl_after),
         "kept": healed.kept,
         "history": list(healed.history),
     }

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +190,22 @@ def test_what_is_no_journal_at_all(content: bytes, tmp_path: Path) -> None:
     journal.write_bytes(content)
     with pytest.raises(Corrupt, match="journal.json"):
         Remembered(Loss(), journal)
+
+
+def test_a_search_does_not_take_up_what_was_measured_on_another_text(
+    make_family: Callable[..., Any], tmp_path: Path
+) -> None:
+    import torch
+
+    from compress.prune import Budget, find_units, select
+
+    model = make_family("llama", tmp_path / "model")
+    units = find_units(model, "block")
+    tokens = torch.arange(4 * 56).reshape(4, 56) * 7 % 97
+    budget = Budget.of_units(units.free(), 1)
+    options = {"scorer": "leave_one_out_kl", "journal": tmp_path, "subject": "model"}
+    select(model, units, budget, tokens[:2], **options)
+    select(model, units, budget, tokens[:2], **options)
+    for other in ({"tokens": tokens[2:]}, {"subject": "another"}):
+        with pytest.raises(BadInput, match="the journal is that of another search"):
+            select(model, units, budget, **{"tokens": tokens[:2], **options, **other})

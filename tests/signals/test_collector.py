@@ -345,3 +345,10 @@ def test_measure_on_too_short_a_text(make_llama: Callable[..., Path], tmp_path: 
     assert signals.measure(checkpoint, Text(data, sequences=3)).table.sequences == 3
     with pytest.raises(BadInput, match=r"short for 4 windows of 64 tokens, got 3 .*\(200 tokens"):
         signals.measure(checkpoint, Text(data, sequences=4))
+
+
+def test_activations_whose_scores_overflow(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+    model = room.open(make_llama(tmp_path)).load_model(dtype="float32")
+    model.model.layers[2].mlp.down_proj.weight.data.fill_(3e38)
+    with pytest.raises(BadInput, match="block [23]: activations are"):
+        collect(model, torch.arange(128).reshape(2, 64))

@@ -157,7 +157,11 @@ def test_a_coded_checkpoint_is_pruned_and_comes_out_dense(
     coded, _ = encode.run(
         room.open(tiny_llama), encode.Config(), Workspace(tmp_path / "coded", TEXT)
     )
-    assert STAGE.plan(coded, config(), TEXT) == STAGE.plan(room.open(tiny_llama), config(), TEXT)
+    planned = STAGE.plan(coded, config(), TEXT)
+    plain = STAGE.plan(room.open(tiny_llama), config(), TEXT)
+    assert (planned.nbytes, planned.changes) == (plain.nbytes, plain.changes)
+    assert planned.outcome is not None
+    assert not planned.outcome.coded
     from_coded, report = prune(coded, tmp_path / "from_coded")
     from_plain, expected = prune(tiny_llama, tmp_path / "from_plain")
     assert report == expected
