@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from compress.checkpoint import FLOATS, Checkpoint, dense_config
 from compress.errors import BadInput
+from compress.prune import model_config
 from compress.quant import (
     SCHEME,
     Allocation,
@@ -22,13 +23,14 @@ from compress.quant import (
     fitting_group,
     layer_name,
     linear_names,
+    measure_moments,
     prove_export,
     quantize_ecsq,
     quantize_rtn,
     sqnr,
     super_weights,
 )
-from compress.signals import load_float32, windows
+from compress.signals import check_length, load_float32, load_text, windows
 from compress.stages.base import (
     Calibration,
     CheckpointView,
@@ -44,15 +46,16 @@ if TYPE_CHECKING:
     import torch
 
 _OF_RTN = {"bits", "group", "symmetric"}
-_OF_ECSQ = {"bits_per_weight", "rdo", "super_weights"}
+_OF_ECSQ = {"bits_per_weight", "rdo", "sensitivity", "super_weights"}
 
 
 class WeightsConfig(StageConfig):
     """``method``: "ecsq", whose steps are as wide as ``bits_per_weight`` of all quantized matrices
     together asks, or "rtn", of a fixed width.
 
-    Of ecsq: ``rdo``, the lambda of rate-distortion rounding (0: none); ``super_weights``: matrices
-    that hold one stay at 8 bits, which takes a look at the model at work. Of rtn: ``bits`` (4),
+    Of ecsq: ``rdo``, the lambda of rate-distortion rounding (0: none); ``sensitivity``: matrices
+    whose inputs are large get finer steps, ``super_weights``: those that hold one stay at 8 bits,
+    both of which take a look at the model at work. Of rtn: ``bits`` (4),
     ``symmetric`` (no), and ``group`` (64): columns that share a scale, or what is next below that
     divides a matrix, or "row". Options of the other method are errors.
     """
@@ -60,6 +63,7 @@ class WeightsConfig(StageConfig):
     method: Literal["ecsq", "rtn"] = "ecsq"
     bits_per_weight: float | None = Field(default=None, gt=0, le=9)
     rdo: float | None = Field(default=None, ge=0)
+    sensitivity: bool | None = None
     super_weights: bool | None = None
     bits: int | None = Field(default=None, ge=2, le=8)
     group: Annotated[int, Field(ge=1)] | Literal["row"] | None = None
@@ -114,9 +118,13 @@ class Quantize:
     ) -> Estimate:
         """The size with codes as wide as they are stored before `encode_weights`.
 
-        Raises `BadInput` where nothing can be quantized or the model already is.
+        Raises `BadInput` where nothing can be quantized, the model already is, or a calibration
+        text that is needed is not there.
         """
         schemes, skipped = _schemes(checkpoint, config)
+        if config.weights.super_weights or config.weights.sensitivity:
+            check_length(model_config(checkpoint.config), calibration.length)
+            load_text(calibration.data)
         infos = checkpoint.tensor_infos()
         saved = 0
         for name, scheme in schemes.items():
@@ -253,14 +261,23 @@ def _quantizer(
         )
     text = workspace.calibration
     fine: list[str] = []
-    if weights.super_weights:
-        tokens = windows(text.data, checkpoint.tokenizer(), 1, text.length, text.seed)
-        fine = [name for name in super_weights(load_float32(checkpoint), tokens) if name in schemes]
+    sensitivities = None
+    if weights.super_weights or weights.sensitivity:
+        tokens = windows(text.data, checkpoint.tokenizer(), text.sequences, text.length, text.seed)
+        model = load_float32(checkpoint)
+        if weights.super_weights:
+            fine = [name for name in super_weights(model, tokens[:1]) if name in schemes]
+        if weights.sensitivity:
+            moments = measure_moments(
+                model, tokens, layers=list(schemes), progress=workspace.progress
+            )
+            sensitivities = {name: found.sensitivity for name, found in moments.items()}
     allocation = fit_rate(
         checkpoint.read,
         list(schemes),
         weights.bits_per_weight or 0.0,
         _one(set(dtypes.values()), checkpoint),
+        sensitivities=sensitivities,
         fine=fine,
         rdo=weights.rdo or 0.0,
         seed=text.seed,

@@ -80,6 +80,15 @@ def test_the_rate_is_met_and_nothing_else_changes(tiny_llama: Path, tmp_path: Pa
         assert same != (name in report.changed)
 
 
+def test_large_inputs_earn_finer_steps(tiny_llama: Path, tmp_path: Path) -> None:
+    _, plain = quantize(tiny_llama, tmp_path / "plain", weights=ECSQ)
+    _, report = quantize(tiny_llama, tmp_path / "out", weights={**ECSQ, "sensitivity": True})
+    layers = report.metrics["layers"]
+    assert len({layer["c"] for layer in layers.values()}) > 20
+    assert len({layer["c"] for layer in plain.metrics["layers"].values()}) == 1
+    assert 4.3 < report.metrics["bits_per_weight"] <= 4.5
+
+
 def test_the_plan_knows_the_size(tiny_llama: Path, tmp_path: Path) -> None:
     for i, weights in enumerate((ECSQ, RTN)):
         config = STAGE.Config.model_validate({"weights": weights})
@@ -158,3 +167,13 @@ def test_what_cannot_be_quantized(
     with pytest.raises(BadInput, match=r"layers\.3\.mlp\.up_proj\.weight, row 5: holds NaN"):
         quantize(tmp_path / "nan", tmp_path / "out", weights=ECSQ)
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_text_that_is_needed_and_not_there(tiny_llama: Path) -> None:
+    nowhere = TEXT.model_copy(update={"data": "no.txt"})
+    for option in ("sensitivity", "super_weights"):
+        config = STAGE.Config.model_validate({"weights": {**ECSQ, option: True}})
+        with pytest.raises(BadInput, match=r"no\.txt: no such file"):
+            STAGE.plan(room.open(tiny_llama), config, nowhere)
+    plain = STAGE.Config.model_validate({"weights": ECSQ})
+    assert STAGE.plan(room.open(tiny_llama), plain, nowhere).nbytes
