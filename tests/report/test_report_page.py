@@ -84,7 +84,7 @@ def test_what_is_written_and_that_it_is_the_same_twice(publish: Callable[..., Pa
     assert [file.relative_to(directory).as_posix() for file in files] == [
         "report.html",
         "README.md",
-        *(f"report/{name}.png" for name in ("scores", "search", "sizes", "entropy", "exponents")),
+        *(f"report/{name}.png" for name in ("scores", "sizes", "entropy", "exponents")),
     ]
     assert all(data.startswith(b"\x89PNG") for data in first[2:])
     assert sum(map(len, first)) < 1_500_000
