@@ -183,7 +183,9 @@ def _validate(model: type[Model], data: Any, location: Location, where: str, lin
         raise BadInput(f"unknown key '{inner[-1]}'", where=spot, mend=hint)
     if kind == "missing":
         raise BadInput("missing key", where=spot)
-    raise BadInput(fault["msg"][0].lower() + fault["msg"][1:], where=spot, got=repr(fault["input"]))
+    said = fault["msg"].removeprefix("Value error, ")
+    got = None if isinstance(fault["input"], dict) else repr(fault["input"])
+    raise BadInput(said[0].lower() + said[1:], where=spot, got=got)
 
 
 def _keys(model: type[BaseModel], location: Location) -> list[str]:
