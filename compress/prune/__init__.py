@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compress.prune.accelerated import make_accelerator
 from compress.prune.angular_window import window_angular
 from compress.prune.blocks import check_drop
 from compress.prune.budget import Budget
@@ -76,6 +77,7 @@ __all__ = [
     "healed_kl",
     "iterative",
     "last_first",
+    "make_accelerator",
     "model_config",
     "output_without",
     "random_order",

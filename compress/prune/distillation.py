@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
-from compress.errors import BadInput, Missing
+from compress.errors import BadInput
 from compress.progress import SILENT, Progress
+from compress.prune.accelerated import make_accelerator
 from compress.prune.distillation_journal import read_training, write_training
 from compress.prune.fitness import BLOCK, Removal, Unit
 from compress.signals import check_tokens, find_blocks
@@ -143,7 +144,7 @@ def distill(
 
     from compress.prune.student import Gates, Student, borrowed, trainable, weights_to_own
 
-    accelerator = _accelerator(settings.batch)
+    accelerator = make_accelerator(settings.batch, "distillation.batch")
     check_tokens(model.config, tokens)
     gates = Gates(_modules(model, removed, parts or {}))
     with ExitStack() as stack:
@@ -182,23 +183,6 @@ def distill(
                 step.advance(1)
         changed = {name: value.detach().cpu() for name, value in student.weights().items()}
     return Distilled(changed, tuple(history))
-
-
-def _accelerator(batch: int) -> Any:
-    """Where and how to train; in float32 whatever a launcher was told."""
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        raise Missing("accelerate is not installed", mend="run: pip install accelerate") from None
-    accelerator = Accelerator(mixed_precision="no")
-    if batch % accelerator.num_processes:
-        raise BadInput(
-            "the processes cannot share a batch",
-            where="distillation.batch",
-            got=batch,
-            expected=f"a multiple of {accelerator.num_processes}",
-        )
-    return accelerator
 
 
 def _backward(accelerator: Any, student: Any, rows: torch.Tensor, share: float) -> float:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from compress.quant.activations import fake_quant_tokens as rounded_tokens
+
 
 def fake_quant_tokens(x: torch.Tensor, bits: int) -> torch.Tensor:
     """``x`` [.., d], each of its vectors as the integers of ``bits`` bits that will be computed."""
@@ -33,11 +35,7 @@ def fake_quant_kv(
 class _Straight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bits: int) -> torch.Tensor:
-        half = 1 << bits - 1
-        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-        scale = torch.maximum(low.clamp(max=0).abs(), high.clamp(min=0)) / (half - 0.5)
-        scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
-        return (x / scale).clamp_(-half, half - 1).round_().mul_(scale)
+        return rounded_tokens(x, bits)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:

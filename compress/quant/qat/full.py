@@ -10,8 +10,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import BadInput, Missing
+from compress.errors import BadInput
 from compress.progress import SILENT, Progress
+from compress.prune import make_accelerator
 from compress.quant.qat.identity import check_activations, identity
 from compress.quant.qat.journal import read_journal, write_journal
 from compress.quant.qat.settings import QatSettings
@@ -54,7 +55,7 @@ def train_full(
     from compress.quant.qat.student import CLIP, adam_state, check_loss, make_adam, pace_adam
     from compress.quant.qat.whole import Whole
 
-    accelerator = _accelerator(settings.batch)
+    accelerator = make_accelerator(settings.batch, "qat.batch")
     check_tokens(model.config, tokens)
     check_activations(settings, activations)
     if not targets:
@@ -108,23 +109,6 @@ def train_full(
         model.to(home)
     rates = {name: quantized.rate() for name, quantized in weights.items()}
     return Trained(weights, tuple(history), oscillation, rates)
-
-
-def _accelerator(batch: int) -> Any:
-    """Where and how to train; in float32 whatever a launcher was told."""
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        raise Missing("accelerate is not installed", mend="run: pip install accelerate") from None
-    accelerator = Accelerator(mixed_precision="no")
-    if batch % accelerator.num_processes:
-        raise BadInput(
-            "the processes cannot share a batch",
-            where="qat.batch",
-            got=batch,
-            expected=f"a multiple of {accelerator.num_processes}",
-        )
-    return accelerator
 
 
 def _backward(accelerator: Any, prepared: Any, rows: torch.Tensor) -> float:
