@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
-_LOGGERS = ("lm_eval", "datasets", "transformers")
+_LOGGERS = ("lm_eval", "datasets", "transformers", "bitsandbytes")
 
 
 @contextmanager

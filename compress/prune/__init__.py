@@ -30,7 +30,7 @@ from compress.prune.settings import block_count, cut_config, model_config, stale
 from compress.prune.sublayer_parts import sublayer_parts
 from compress.prune.sublayer_surgery import drop_sublayers, skip_config, unit_tensors
 from compress.prune.sublayers import Sublayer, Sublayers, find_sublayers
-from compress.prune.surgery import BlockStack, find_stack, remove_blocks
+from compress.prune.surgery import BlockStack, find_stack, remove_blocks, stored_bytes
 from compress.prune.units import KINDS, MEASURES, Units, find_units, gone_before, savings, without
 
 __all__ = [
@@ -86,6 +86,7 @@ __all__ = [
     "select",
     "skip_config",
     "stale_patterns",
+    "stored_bytes",
     "sublayer_parts",
     "unit_tensors",
     "window_angular",

@@ -1,11 +1,11 @@
 """One rate for all matrices together: which step each gets.
 
 At high rates an entropy-coded matrix of n weights with step d has the distortion n s d^2 / 12, s
-being what an error of its weights does to its output (the mean square of its inputs), and a rate
-that falls by one bit a weight when d doubles. No exchange of bits improves on equal slopes in all
-matrices (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE
-Trans. ASSP 36(9), 1988), which means d proportional to 1 / sqrt(s). Without sensitivities every
-matrix gets the same step relative to its spread.
+being what an error of its weights does (`measure_fisher`), and a rate that falls by one bit a
+weight when d doubles. No exchange of bits improves on equal slopes in all matrices (Shoham and
+Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE Trans. ASSP 36(9),
+1988), which means d proportional to 1 / sqrt(s). Without sensitivities every matrix gets the same
+step relative to its spread, or what `search_levels` has found.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ GRID = tuple(
     2.0**log2
     for log2 in (-6, -5, -4, -3, -2.5, -2, *(quarter / 4 for quarter in range(-6, 5)), 1.5, 2)
 )
+_OCTAVES = tuple(map(math.log2, GRID))
 _SAMPLE, _SAMPLE_ROWS = 1 << 15, 32  # weights and rows, whichever is more
 _FRAMING = 0.007  # bits a weight for the codec's tables and checksums, and for chance
 
@@ -47,28 +49,41 @@ class Curve:
     spread: float
     bits: tuple[float, ...]
 
+    @classmethod
+    def flat(cls, weights: int, bits: float) -> Curve:
+        """That of a matrix that takes ``bits`` per weight whatever the others do."""
+        return cls(weights, 0.0, (bits,) * len(GRID))
+
     def at(self, c: float) -> float:
         """Bits per weight, between the points linear in log c."""
-        import numpy as np
-
-        return float(np.interp(math.log(c), np.log(GRID), self.bits))
+        octave = min(max(math.log2(c), _OCTAVES[0]), _OCTAVES[-1])
+        right = max(1, bisect_left(_OCTAVES, octave))
+        (x, y), (bits, more) = _OCTAVES[right - 1 : right + 1], self.bits[right - 1 : right + 1]
+        return bits + (more - bits) * (octave - x) / (y - x)
 
 
 def measure_curve(
-    w: torch.Tensor, scale_dtype: torch.dtype, *, rdo: float = 0.0, seed: int = 0, name: str = ""
+    w: torch.Tensor,
+    scale_dtype: torch.dtype,
+    *,
+    rdo: float = 0.0,
+    rows: torch.Tensor | None = None,
+    seed: int = 0,
+    name: str = "",
 ) -> Curve:
     """The curve of a matrix [rows, columns], from some of its rows that ``seed`` and name choose.
 
-    Raises as `quantize_ecsq`.
+    ``rows`` as for `quantize_ecsq`, and raises as that.
     """
     check_matrix(w, name)
     count = min(len(w), max(_SAMPLE_ROWS, _SAMPLE // w.shape[1]))
-    rows = random.Random(f"{seed} {name}").sample(range(len(w)), count)
-    sample = w[sorted(rows)].detach()
-    extent = spread, _ = row_extent(sample, name)
+    drawn = sorted(random.Random(f"{seed} {name}").sample(range(len(w)), count))
+    sample = w[drawn].detach()
+    spread, peak = row_extent(sample, name)
+    widths = spread if rows is None else spread * rows[drawn]
 
     def bits(c: float) -> float:
-        quantized = quantize_rows(sample, *extent, c, scale_dtype, rdo, name)
+        quantized = quantize_rows(sample, widths, peak, c, scale_dtype, rdo, name)
         scales = quantized.scale.element_size() * 8 / w.shape[1]
         return _huffman_bits(count_codes(quantized.codes)) / sample.numel() + scales + _FRAMING
 
@@ -80,20 +95,35 @@ def allocate(
     curves: Mapping[str, Curve],
     target: float,
     sensitivities: Mapping[str, float] | None = None,
+    *,
+    factors: Mapping[str, float] | None = None,
+    dropped: Collection[str] = (),
 ) -> dict[str, float]:
     """The c of each matrix, within `GRID`, for at most ``target`` bits per weight of all together.
 
-    ``sensitivities``: by name the mean square of a matrix's inputs; without them all get one c.
-    Raises `BadInput` for a target below what the widest steps cost, which it names.
+    ``sensitivities``: by name what an error of a weight costs (`measure_fisher`, its mean); or
+    ``factors``: by name how wide a matrix's steps are beside those of the others, relative to its
+    spread, 1 for one that is not named; without either all get one c. ``dropped``: matrices that
+    become zeros and have no c. They take no bits, but their weights are among those that the target
+    is for, so that the others share what they leave.
+
+    Raises `BadInput` for a target below what the widest steps cost, which it names, and for a
+    sensitivity or factor that is none; `ValueError` for both.
     """
-    factors = _factors(curves, sensitivities)
+    if factors is not None and sensitivities is not None:
+        raise ValueError("steps go by sensitivities or by factors, not by both")
+    kept = {name: curve for name, curve in curves.items() if name not in dropped}
+    if factors is None:
+        factors = relative_steps(kept, sensitivities)
+    else:
+        factors = {name: _factor(name, factors.get(name, 1.0)) for name in kept}
+    weights = sum(curve.weights for curve in curves.values())
 
     def steps(k: float) -> dict[str, float]:
         return {name: min(GRID[-1], max(GRID[0], k * f)) for name, f in factors.items()}
 
     def rate(k: float) -> float:
-        bits = (curves[name].at(c) * curves[name].weights for name, c in steps(k).items())
-        return sum(bits) / sum(curve.weights for curve in curves.values())
+        return sum(kept[name].at(c) * kept[name].weights for name, c in steps(k).items()) / weights
 
     finite = [factor for factor in factors.values() if factor < math.inf] or [1.0]
     fine, coarse = GRID[0] / max(finite), GRID[-1] / min(finite)
@@ -112,10 +142,13 @@ def allocate(
     return steps(coarse)
 
 
-def _factors(
+def relative_steps(
     curves: Mapping[str, Curve], sensitivities: Mapping[str, float] | None
 ) -> dict[str, float]:
-    """How wide each matrix's steps are beside those of the others, relative to its spread."""
+    """How wide each matrix's steps are beside those of the others, relative to its spread.
+
+    Infinite where an error does no harm. Raises `BadInput` for a sensitivity that is none.
+    """
     if sensitivities is None:
         return dict.fromkeys(curves, 1.0)
     factors = {}
@@ -126,6 +159,12 @@ def _factors(
         weight = math.sqrt(sensitivity) * curve.spread
         factors[name] = 1 / weight if weight else math.inf
     return factors
+
+
+def _factor(name: str, factor: float) -> float:
+    if not 0 < factor < math.inf:
+        raise BadInput("no factor of a step", where=name, got=factor, expected="above 0")
+    return factor
 
 
 def _huffman_bits(counts: torch.Tensor) -> int:

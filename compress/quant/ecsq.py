@@ -35,9 +35,12 @@ def quantize_ecsq(
     scale_dtype: torch.dtype,
     *,
     rdo: float = 0.0,
+    rows: torch.Tensor | None = None,
     name: str = "weight",
 ) -> QTensor:
     """A float matrix [rows, columns] in steps of ``c`` standard deviations of each row.
+
+    With ``rows``, float64 [rows] (`row_steps`), each row's are so many times as wide.
 
     A row that would need codes beyond ±127 gets the step ``max|w| / 127`` instead, and is counted
     in `QTensor.widened`; so ``c = 0`` is rounding to nearest in 8 bits. With ``rdo`` (lambda) above
@@ -53,7 +56,9 @@ def quantize_ecsq(
         if not 0 <= value < float("inf"):
             raise BadInput("must be a number, 0 or more", where=option, got=value)
     w = w.detach()
-    return quantize_rows(w, *row_extent(w, name), c, scale_dtype, rdo, name)
+    spread, peak = row_extent(w, name)
+    widths = spread if rows is None else spread * rows
+    return quantize_rows(w, widths, peak, c, scale_dtype, rdo, name)
 
 
 def quantize_rows(
@@ -65,7 +70,7 @@ def quantize_rows(
     rdo: float,
     name: str,
 ) -> QTensor:
-    """`quantize_ecsq` where the rows' extent is known."""
+    """`quantize_ecsq` in steps of ``c`` times each row's ``spread``; ``peak`` is its extent."""
     import torch
 
     widened = (c * spread < peak / HIGHEST) & (c > 0)

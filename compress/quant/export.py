@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from compress.checkpoint import FLOATS, Checkpoint, NewTensor, TensorInfo, dense_config, rewrite
 from compress.errors import BadInput, Missing
 from compress.progress import SILENT, Progress
+from compress.prune import stored_bytes
 from compress.quant.layers import MERGED
 from compress.quant.qtensor import QTensor, Scheme
 
@@ -40,6 +41,8 @@ def export_quantized(
     scale_dtype: torch.dtype | None = None,
     activations: Activations = None,
     skipped: Mapping[str, str] | None = None,
+    replaced: Mapping[str, torch.Tensor] | None = None,
+    config: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> tuple[Checkpoint, dict[str, str]]:
     """Write the checkpoint with the weights named in ``schemes`` as codes and scales.
@@ -48,16 +51,18 @@ def export_quantized(
     dropped before the next; what it gives must be of the scheme, the weight's shape and
     ``scale_dtype`` (None: the weight's own dtype). ``activations`` 8: the inputs of those layers
     are rounded to 8 bits, by token, as the model runs. ``skipped``: the other linear weights, which
-    the config lists as ignored. All else is kept as it is, a coded checkpoint decoded on the way.
+    the config lists as ignored. All else is kept as it is, a coded checkpoint decoded on the way,
+    but for tensors of ``replaced``, of the same shapes. ``config``: what the new one is to say
+    beside its quantization, None for what the old one does.
 
     Returns the new checkpoint, and by its new tensors' names that of the weight they are of. Raises
     `BadInput` where nothing is to be quantized, the model is already, its experts are merged as it
-    is loaded, a name is not that of a matrix, groups do not divide it or ``quantized`` gives
-    something else; `Missing` without compressed-tensors.
+    is loaded, a name is not that of a matrix, groups do not divide it, ``quantized`` gives
+    something else or a replacement does not fit; `Missing` without compressed-tensors.
     """
     infos = checkpoint.tensor_infos()
-    config = dense_config(checkpoint.config)
-    if "quantization_config" in config:
+    written = dense_config(dict(config or checkpoint.config))
+    if "quantization_config" in written:
         raise BadInput("is already quantized", where=checkpoint.path, mend="pass the original")
     if not schemes:
         raise BadInput("has no weight to quantize", where=checkpoint.path)
@@ -68,7 +73,8 @@ def export_quantized(
         name: _parts(_matrix(infos, name, scheme), scheme, scale_dtype, activations)
         for name, scheme in schemes.items()
     }
-    config["quantization_config"] = _config(schemes, activations, skipped or {})
+    written["quantization_config"] = _config(schemes, activations, skipped or {})
+    new = {name: stored_bytes(name, value, infos) for name, value in (replaced or {}).items()}
 
     @lru_cache(maxsize=1)
     def made(name: str) -> QTensor:
@@ -79,7 +85,8 @@ def export_quantized(
 
     def transform(info: TensorInfo) -> Iterator[NewTensor]:
         if info.name not in parts:
-            yield NewTensor(info.name, info.dtype, info.shape, checkpoint.chunks(info.name))
+            chunks = [new[info.name]] if info.name in new else checkpoint.chunks(info.name)
+            yield NewTensor(info.name, info.dtype, info.shape, chunks)
             return
         for part, (dtype, shape, take) in parts[info.name].items():
             yield NewTensor(part, dtype, shape, taken(info.name, take))
@@ -88,7 +95,7 @@ def export_quantized(
         checkpoint,
         directory,
         transform,
-        config=config,
+        config=written,
         metadata={"format": "pt"} if checkpoint.coded else None,
         progress=progress,
         label="quantizing",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +24,17 @@ def prove_export(
     quantized: Quantized,
     *,
     activations: Activations = None,
+    replaced: Mapping[str, torch.Tensor] | None = None,
     tokens: torch.Tensor | None = None,
 ) -> None:
     """Check that transformers makes of the export the model that the codes stand for, to the bit.
 
     That model is the source's with the weights ``names`` replaced by `QTensor.dense`, in the dtype
-    it is computed in, and with ``activations`` 8 the inputs of those layers rounded as
-    compressed-tensors does. The weights are compared, which few tokens could not tell apart in 16
-    bits, and the logits of ``tokens``: int64 [sequences, length]; None: a few. Raises `CheckFailed`
-    where a bit differs, where transformers cannot load or run the export, and where a layer's input
-    cannot be rounded by token.
+    it is computed in, other parameters by those of ``replaced``, and with ``activations`` 8 the
+    inputs of those layers rounded as compressed-tensors does. The weights are compared, which few
+    tokens could not tell apart in 16 bits, and the logits of ``tokens``: int64 [sequences, length];
+    None: a few. Raises `CheckFailed` where a bit differs, where transformers cannot load or run the
+    export, and where a layer's input cannot be rounded by token.
     """
     import torch
 
@@ -41,6 +42,8 @@ def prove_export(
     if tokens is None:
         vocabulary = reference.get_input_embeddings().num_embeddings
         tokens = (torch.arange(_PROOF[0] * _PROOF[1]) * 7 + 1).reshape(_PROOF) % vocabulary
+    for name, value in (replaced or {}).items():
+        reference.get_parameter(name).data.copy_(value)
     weights = {}
     for name in names:
         layer = reference.get_submodule(layer_name(name))

@@ -33,16 +33,6 @@ class Moments:
         """E[x_j^2], float64 [columns]."""
         return self.squares / self.tokens
 
-    @property
-    def sensitivity(self) -> float:
-        """The mean square of all inputs: what `allocate` takes."""
-        return float(self.mean_square.mean())
-
-    def divided(self, s: torch.Tensor) -> Moments:
-        """Those of x_j / s_j, ``s`` [columns] positive."""
-        wide = s.to(self.peak)
-        return Moments(self.tokens, self.peak / wide, self.squares / wide.square())
-
     def __add__(self, other: Moments) -> Moments:
         import torch
 

@@ -78,6 +78,7 @@ def plot(name: str, title: str, words: str, heights: tuple[float, float], draw: 
 
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a name with a glyph that the font lacks
+        warnings.simplefilter("ignore", RuntimeWarning)  # numbers too large for a scale
         matplotlib.rcdefaults()
         svg = []
         for narrow, (width, height) in enumerate(zip((WIDE, NARROW), heights, strict=True)):
@@ -110,6 +111,12 @@ def picture(kind: str, width: float, height: float, draw: Callable[[Figure], Non
         file = io.BytesIO()
         figure.savefig(file, format=kind, dpi=_DPI, metadata=nothing)
     return file.getvalue()
+
+
+def short_name(name: str, most: int) -> str:
+    """A name that fits, without what cannot be drawn; its end says most."""
+    clean = "".join(char if char.isprintable() else "?" for char in name)
+    return clean if len(clean) <= most else f"…{clean[1 - most :]}"
 
 
 _STYLE = {

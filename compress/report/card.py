@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.report import pruning_words, wording
+from compress.report import pruning_words, quantization_words, wording
 from compress.report.canvas import Plot
 from compress.report.facts import Facts
 from compress.report.values import items, text
@@ -25,7 +25,10 @@ _KEPT = (
     *("license", "license_name", "license_link", "language", "pipeline_tag", "library_name"),
     *("base_model", "base_model_relation", "datasets"),
 )
-_TAGS = ("entropress", "compressed", "lossless", "near-lossless", "entropy-coded", "pruned")
+_TAGS = (
+    *("entropress", "compressed", "lossless", "near-lossless"),
+    *("entropy-coded", "pruned", "quantized"),
+)
 
 
 def model_card(facts: Facts, plots: Mapping[str, Plot]) -> bytes:
@@ -43,6 +46,7 @@ def model_card(facts: Facts, plots: Mapping[str, Plot]) -> bytes:
         plots=plots,
         words=wording,
         pruned=pruning_words,
+        quantized=quantization_words,
         judgement=wording.judgement(facts),
     )
     members = _head(facts, head)
@@ -101,6 +105,7 @@ def _head(facts: Facts, before: Mapping[str, Any]) -> dict[str, Any]:
     """The members of the card's head but for the results."""
     ours = ["entropress", "compressed", wording.kind(facts)]
     ours += ["entropy-coded"] * facts.coded + ["pruned"] * bool(facts.removed)
+    ours += ["quantized"] * bool(facts.quantization)
     tags = [tag for tag in items(before.get("tags")) if isinstance(tag, str) and tag not in _TAGS]
     kept = {key: value for key in _KEPT if _is_plain(value := before.get(key))}
     head = {"library_name": "transformers"} | kept

@@ -16,10 +16,12 @@ from typing import Any
 from compress import checkpoint as room
 from compress.errors import BadInput
 from compress.evaluate import SizeRow, inspect, kind
+from compress.hf import count_weights
 from compress.progress import SILENT, Progress
 from compress.report.exponents import Histogram, TensorExponents, measure_exponents, pool
 from compress.report.gates import Gate, overall, read_gates
-from compress.report.pruning import Pruning, Removed, read_prunings, together
+from compress.report.pruning import Pruning, Removed, merge, read_prunings, together
+from compress.report.quantization import Quantization, read_quantization
 from compress.report.values import count, entries, items, members, text
 
 _NUMBERED = re.compile(r"(?:(.+?)\.)?(\d{1,6})\.", re.ASCII)
@@ -45,8 +47,9 @@ class Layer:
 @dataclass(frozen=True)
 class Facts:
     """A report's content. ``name``: of the directory; ``bytes_before``: of the original tensors,
-    None where no stage says; ``file_nbytes``: of all files that the manifest vouches for; ``card``:
-    the text of the model card in the directory."""
+    None where no stage says; ``file_nbytes``: of all files that the manifest vouches for;
+    ``layers``: none where a stage has quantized them; ``card``: the text of the model card in the
+    directory."""
 
     name: str
     source: str
@@ -64,6 +67,7 @@ class Facts:
     total: SizeRow
     kinds: list[SizeRow]
     prunings: list[Pruning]
+    quantization: Quantization | None
     layers: list[Layer]
     histogram: Histogram | None
     card: str | None
@@ -71,7 +75,8 @@ class Facts:
     @property
     def removed(self) -> Removed:
         """What is gone from which blocks of the original."""
-        return together(self.prunings)
+        quantized = self.quantization.dropped if self.quantization else {}
+        return merge([together(self.prunings), quantized])
 
 
 def collect_facts(path: Path, progress: Progress = SILENT) -> Facts:
@@ -88,12 +93,14 @@ def collect_facts(path: Path, progress: Progress = SILENT) -> Facts:
             mend="report on a directory that `entropress compress` has written",
         )
     sizes = inspect(path, entropy=False)
-    exponents = measure_exponents(checkpoint, progress)
+    weights = count_weights(checkpoint)
+    exponents = [each for each in measure_exponents(checkpoint, progress) if weights[each.name]]
     by_kind: defaultdict[str, list[TensorExponents]] = defaultdict(list)
     for tensor in exponents:
         by_kind[kind(tensor.name)].append(tensor)
     stages = entries(manifest["stages"])
     gates = read_gates(manifest["gates"])
+    quantization = read_quantization(stages)
     architectures = items(checkpoint.config.get("architectures"))
     lossless = manifest["class"] == "lossless"
     files = [entry for file, entry in manifest["files"].items() if not room.is_document(file)]
@@ -114,7 +121,8 @@ def collect_facts(path: Path, progress: Progress = SILENT) -> Facts:
         total=replace(sizes.total, exponent_bits=_mean_bits(exponents)),
         kinds=[replace(row, exponent_bits=_mean_bits(by_kind[row.group])) for row in sizes.kinds],
         prunings=read_prunings(stages),
-        layers=_layers(manifest["tensors"], exponents),
+        quantization=quantization,
+        layers=[] if quantization else _layers(manifest["tensors"], exponents),
         histogram=pool(exponents),
         card=read_card(path / room.CARD) if room.CARD in checkpoint.sidecars() else None,
     )

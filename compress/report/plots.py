@@ -1,4 +1,4 @@
-"""The plots of a report: pruning, sizes by kind, entropy by block, exponents and their codes."""
+"""The plots of a report: pruning, quantization, sizes, entropies, exponents and their codes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 from typing import TYPE_CHECKING
 
 from compress.evaluate import SizeRow
-from compress.report.canvas import LIGHT, Plot, plot
+from compress.report.canvas import LIGHT, Plot, plot, short_name
 from compress.report.exponents import Histogram
 from compress.report.facts import Facts, Layer
 from compress.report.pruning_plots import draw_pruning
+from compress.report.quantization_plots import draw_quantization
 from compress.report.wording import size
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ _RAREST = 1e-6  # share of the weights below which an exponent is not drawn
 
 def draw_all(facts: Facts) -> dict[str, Plot]:
     """The plots by name; one that would show nothing is left out."""
-    found = draw_pruning(facts.prunings) | {"sizes": _plot_sizes(facts)}
+    found = draw_pruning(facts.prunings)
+    if facts.quantization:
+        found |= draw_quantization(facts.quantization)
+    found["sizes"] = _plot_sizes(facts)
     if facts.layers:
         found["entropy"] = _plot_entropy(facts.layers, facts.removed.get("block", []))
     if facts.histogram:
@@ -44,7 +48,7 @@ def _plot_sizes(facts: Facts) -> Plot:
             end = max(row.nbytes, row.stored_nbytes) / scale
             bits = f"{row.bits_per_weight:.2f}{'' if narrow else ' bits'}"
             axes.text(end + widest * 0.012, place, bits, va="center", color=LIGHT["ink"])
-        axes.set_yticks(places, [_short(row.group, 18 if narrow else 34) for row in rows])
+        axes.set_yticks(places, [short_name(row.group, 18 if narrow else 34) for row in rows])
         axes.tick_params(axis="y", length=0, labelcolor=LIGHT["ink"])
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
@@ -145,9 +149,3 @@ def _unit(nbytes: int) -> tuple[float, str]:
         for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
         if nbytes >= scale or scale == 1
     )
-
-
-def _short(name: str, most: int) -> str:
-    """A name that fits, without what cannot be drawn; its end says most."""
-    clean = "".join(char if char.isprintable() else "?" for char in name)
-    return clean if len(clean) <= most else f"…{clean[1 - most :]}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.report.scores import Scores
-from compress.report.values import count, counts, entries, items, members, number, text
+from compress.report.values import count, counts, entries, items, members, number, numbers, text
 
 KINDS = ("block", "attention", "mlp")
 _MOST = 1 << 16  # blocks of a model
@@ -104,9 +104,13 @@ def read_prunings(stages: Sequence[dict[str, Any]]) -> list[Pruning]:
 
 def together(prunings: Sequence[Pruning]) -> Removed:
     """What all of them removed."""
+    return merge([pruning.removed for pruning in prunings])
+
+
+def merge(removed: Sequence[Removed]) -> Removed:
+    """What is in any of them."""
     lost = {
-        kind: sorted({block for pruning in prunings for block in pruning.removed.get(kind, [])})
-        for kind in KINDS
+        kind: sorted({block for each in removed for block in each.get(kind, [])}) for kind in KINDS
     }
     return {kind: blocks for kind, blocks in lost.items() if blocks}
 
@@ -177,7 +181,7 @@ def _search(value: Any) -> Search | None:
         return None
     return Search(
         method=text(found.get("method"), 100) or "unnamed",
-        history=_numbers(found.get("history")),
+        history=numbers(found.get("history")),
         one_shot=number(found.get("one_shot_kl")),
         found=number(found.get("found_kl")),
         kept=kept if kept in ("found", "one_shot") else "",
@@ -193,7 +197,7 @@ def _healing(value: Any) -> Healing | None:
         before=number(found.get("kl_before")),
         after=number(found.get("kl_after")),
         kept=found.get("kept") is True,
-        history=_numbers(found.get("history")),
+        history=numbers(found.get("history")),
     )
 
 
@@ -203,7 +207,3 @@ def _budget(value: Any) -> Budget | None:
     if not measure:
         return None
     return Budget(measure, number(found.get("asked")), number(found.get("reached")))
-
-
-def _numbers(value: Any) -> list[float]:
-    return [found for entry in items(value) if (found := number(entry)) is not None]

@@ -105,7 +105,7 @@ def _draw(axes: Axes, scores: Scores, gone: str) -> dict[str, Any]:
         places, values, _ = (list(part) for part in zip(*sinks, strict=True))
         ring = axes.plot(places, values, "o", label=_SINK, mfc="none", ms=11, zorder=4)
         ring[0].set_color(LIGHT["warn"])
-    _scale(axes, [value for _, value, _ in known])
+    fit_scale(axes, [value for _, value, _ in known])
     title = f"{PARTS.get(scores.kind, scores.kind)}: {scores.scorer}"
     axes.set_title(title, loc="left", fontsize=9, color=LIGHT["ink"])
     axes.grid(axis="y")
@@ -113,7 +113,7 @@ def _draw(axes: Axes, scores: Scores, gone: str) -> dict[str, Any]:
     return dict(zip(names, handles, strict=True))
 
 
-def _scale(axes: Axes, values: list[float]) -> None:
+def fit_scale(axes: Axes, values: list[float]) -> None:
     """Logarithmic for a wide range, linear around zero where some are not above it."""
     from matplotlib.ticker import LogLocator
 

@@ -41,3 +41,8 @@ def entries(value: Any) -> list[dict[str, Any]]:
 def counts(value: Any) -> list[int]:
     """The integers of a list that can count or name something."""
     return [found for entry in items(value) if (found := count(entry)) is not None]
+
+
+def numbers(value: Any) -> list[float]:
+    """The numbers of a list."""
+    return [found for entry in items(value) if (found := number(entry)) is not None]

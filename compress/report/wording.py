@@ -168,7 +168,21 @@ def limits(facts: Facts) -> list[str]:
             "not say that a part is useless, only that the scorer would remove it first; what was "
             "the best of many on one text may not be so on another."
         )
-    if facts.coded:
+    if facts.quantization:
+        found.append(
+            "Bits per weight of quantized layers count those layers alone, not what was skipped. "
+            "SQNR is that of the weights, not of what the model says. Perplexities and KLs of "
+            "searches were measured on the text that was searched on."
+        )
+        if facts.quantization.coded and not facts.coded:
+            found.append("Coded bits are what `encode_weights` would come to: it did not run.")
+    if facts.quantization and facts.quantization.coded:
+        found.append(
+            "Sizes are those on disk. Transformers makes dense weights of the codes as the model "
+            "first runs: it then takes the memory of one that is not quantized, and is no faster. "
+            "An engine with integer kernels may do better."
+        )
+    elif facts.coded:
         found.append(
             "Sizes are those on disk. Weights are decoded when the model is loaded: then it takes "
             f"{size(facts.total.nbytes)} of memory and runs as fast as the uncompressed one."

@@ -23,7 +23,14 @@ from compress.signals.pq_index import pq_index
 from compress.signals.prediction import next_token_entropy
 from compress.signals.renyi import renyi_kernel_entropy, renyi_matrix_entropy
 from compress.signals.sinks import ordinary_tokens
-from compress.signals.table import SCORERS, SCORERS_DEFAULT, BlockTable, Stability, protected_blocks
+from compress.signals.table import (
+    SCORERS,
+    SCORERS_DEFAULT,
+    BlockTable,
+    Stability,
+    protected_blocks,
+    significant,
+)
 from compress.signals.text import load_text, windows
 from compress.signals.truncated import truncated_matrix_entropy
 from compress.signals.weights import (
@@ -74,6 +81,7 @@ __all__ = [
     "renyi_kernel_entropy",
     "renyi_matrix_entropy",
     "run_base",
+    "significant",
     "summarize",
     "symbol_entropy",
     "truncated_matrix_entropy",

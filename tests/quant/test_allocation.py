@@ -135,6 +135,33 @@ def test_a_generous_target_gives_the_finest_steps() -> None:
     assert [c[name] for name in "abcd"] == [*[GRID[0]] * 3, GRID[-1]]
 
 
+def test_steps_go_with_their_factors() -> None:
+    found = curves()
+    c = allocate(found, 3.8, factors={"a": 2.0, "c": 0.5, "of another model": 7.0})
+    assert c["a"] / 2 == pytest.approx(c["c"] * 2) == pytest.approx(c["b"])
+    assert c["b"] == c["d"]  # 1 where nothing is said
+    assert exact(c).bits_per_weight == pytest.approx(3.8, abs=0.05)
+    assert allocate(found, 3.8, factors={}) == allocate(found, 3.8)
+
+
+def test_what_is_dropped_leaves_its_bits_to_the_others() -> None:
+    found = curves()
+    c = allocate(found, 3.0, factors={"d": 0.5}, dropped=["b"])
+    assert list(c) == ["a", "c", "d"]
+    bits = sum(found[name].at(c[name]) * found[name].weights for name in c)
+    assert bits == pytest.approx(3.0 * sum(curve.weights for curve in found.values()), rel=1e-4)
+    assert allocate(found, 3.0, dropped=["b"])["a"] < allocate(found, 3.0)["a"]
+    assert allocate(found, 0.9, dropped=["a", "b"])["c"] <= GRID[-1]  # else below the least
+
+
+@pytest.mark.parametrize("bad", [math.nan, -1.0, math.inf, 0.0])
+def test_factors_must_be_positive_numbers(bad: float) -> None:
+    with pytest.raises(BadInput, match="^c: no factor of a step"):
+        allocate(curves(), 3.8, factors={"c": bad})
+    with pytest.raises(ValueError, match="not by both"):
+        allocate(curves(), 3.8, dict.fromkeys("abcd", 1.0), factors={})
+
+
 @pytest.mark.parametrize("bad", [math.nan, -1.0, math.inf, None])
 def test_sensitivities_must_be_numbers(bad: float | None) -> None:
     sensitivities = dict.fromkeys("abcd", 1.0)
@@ -179,6 +206,34 @@ def test_fine_matrices_count_and_are_kept_at_eight_bits() -> None:
     assert sqnr(MATRICES["b"], quantize_ecsq(MATRICES["b"], 0, torch.bfloat16)) > 38
     assert 3.78 < fitted.total.bits_per_weight <= 3.8
     assert fitted.total == exact(dict(fitted.c))
+
+
+def test_fitted_factors_meet_the_target_with_what_is_dropped_in_it() -> None:
+    fitted = fit_rate(
+        MATRICES.__getitem__,
+        list(MATRICES),
+        3.0,
+        torch.bfloat16,
+        factors={"a": 0.5},
+        dropped=["b", "c"],
+        fine=["c"],
+    )
+    assert [fitted.c["b"], fitted.c["c"]] == [math.inf] * 2
+    assert fitted.rates["b"] == Rate(MATRICES["b"].numel())
+    assert fitted.c["a"] == pytest.approx(fitted.c["d"] / 2)
+    assert 2.98 < fitted.total.bits_per_weight <= 3.0
+    assert fitted.total.weights == sum(w.numel() for w in MATRICES.values())
+    assert fitted.total.bits == exact({name: fitted.c[name] for name in "ad"}).bits
+    assert list(fitted.c) == list(MATRICES)
+    with pytest.raises(ValueError, match="not by both"):
+        fit_rate(
+            MATRICES.__getitem__,
+            list(MATRICES),
+            3.0,
+            torch.bfloat16,
+            sensitivities=dict.fromkeys(MATRICES, 1.0),
+            factors={},
+        )
 
 
 def test_a_target_that_the_fine_ones_alone_exceed_is_refused() -> None:

@@ -126,6 +126,81 @@ JOINT = pruning(
 )
 
 
+KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+
+
+def layers(blocks: int = 6) -> dict[str, Any]:
+    """What a `quantize` stage says of the layers of so many blocks."""
+    return {
+        f"model.layers.{block}.{kind}": {
+            "bits_per_weight": 4.0 + 0.1 * place + 0.05 * block,
+            "sqnr_db": 20.0 - block - place,
+            "c": 0.2,
+        }
+        for block in range(blocks)
+        for place, kind in enumerate(KINDS)
+    }
+
+
+def quantization(weights: dict[str, Any] | None = None, **metrics: Any) -> dict[str, Any]:
+    """A `quantize` stage of six blocks as manifests hold it, with members as given."""
+    usual = {
+        "bits_per_weight": 4.25,
+        "weights": 100_000,
+        "code_bits": 421_000,
+        "scale_bits": 4_000,
+        "zero_point_bits": 0,
+        "layers": layers(),
+        "skipped": {"lm_head": "tied to the embeddings"},
+        "bytes_in": 1_000_000,
+        "bytes_out": 600_000,
+    }
+    method = {"method": "ecsq", "bits_per_weight": 4.3, "bits": None, "group": None}
+    return {
+        "stage": "quantize",
+        "config": {"weights": method | (weights or {}), "activations": None},
+        "metrics": usual | metrics,
+        "summary": "",
+    }
+
+
+SEARCHED = quantization(
+    {"bits_per_weight": None, "max_perplexity_ratio": 1.1},
+    format="compressed-tensors",
+    perplexity_search={
+        "max_ratio": 1.1,
+        "ratio": 1.093,
+        "trials": [
+            {"bits_per_weight": 6.0, "ratio": 1.004},
+            {"bits_per_weight": 3.0, "ratio": 1.9},
+            {"bits_per_weight": 4.25, "ratio": 1.093},
+            {"bits_per_weight": 2.0, "ratio": None},
+        ],
+    },
+    fold={"alpha": 0.5, "layers": 12, "skipped": {"model.layers.5.mlp.down_proj": "did not run"}},
+    search={
+        "start_loss": 0.31,
+        "loss": 0.22,
+        "history": [0.31, 0.27, 0.22],
+        "dropped": [["attention", 3]],
+        "units": {
+            "attention": [0.25, 0.0, -0.25, None, 0.0, 0.5],
+            "mlp": [0.0, 0.25, 0.0, -0.5, 0.0, 0.0],
+        },
+    },
+    training={
+        "mode": "blockwise",
+        "windows": [[0, 2], [2, 4], [4, 6]],
+        "partition": "entropy",
+        "entropies": [3.0, 2.0, 3.5, 2.5, 3.1, 4.0],
+        "history": [0.5, 0.3, 0.2, 0.9, 0.5, 0.4, 1.5, 1.2, 1.0],
+        "errors": [0.1, 0.2, 0.4],
+        "oscillation": 0.034,
+        "paper_literal": True,
+    },
+)
+
+
 @pytest.fixture(scope="session")
 def pruned(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two of six blocks removed, then coded. Read-only."""

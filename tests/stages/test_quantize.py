@@ -132,7 +132,7 @@ def test_through_a_recipe_coded_verified_and_decompressed(tiny_llama: Path, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": {"method": "ecsq"}}, "ecsq needs bits_per_weight"),
+        ({"weights": {"method": "ecsq"}}, "ecsq needs either bits_per_weight"),
         ({"weights": {**ECSQ, "bits": 4}}, "ecsq knows no bits"),
         ({"weights": {**RTN, "rdo": 0.1}}, "rtn knows no rdo"),
         ({"weights": {"method": "rtn", "bits": 9}}, "less than or equal to 8"),
@@ -177,3 +177,27 @@ def test_a_text_that_is_needed_and_not_there(tiny_llama: Path) -> None:
             STAGE.plan(room.open(tiny_llama), config, nowhere)
     plain = STAGE.Config.model_validate({"weights": ECSQ})
     assert STAGE.plan(room.open(tiny_llama), plain, nowhere).nbytes
+
+
+@pytest.mark.parametrize("weights", [{"method": "nf4", "double_quant": True}, {"method": "int8"}])
+def test_bitsandbytes_through_a_recipe(
+    weights: dict[str, Any], make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Loaded in plain transformers; MLPs of 80 columns stay where NF4 does not take them."""
+    pytest.importorskip("bitsandbytes")
+    model = make_llama(tmp_path / "model")
+    recipe = recipes.parse({"version": 1, "stages": [{"quantize": {"weights": weights}}]})
+    planned = pipeline.plan(recipe, model)
+    result = pipeline.run(recipe, model, tmp_path / "out")
+    metrics = result.manifest["stages"][0]["metrics"]
+    assert metrics["format"] == "bitsandbytes"
+    down = "model.layers.0.mlp.down_proj"
+    assert (down in metrics["skipped"]) == (weights["method"] == "nf4")
+    assert planned.stages[-1].nbytes == pytest.approx(result.bytes_out, rel=0.02)
+    assert compress.verify(tmp_path / "out", model).ok
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(20)[None]).logits
+    whole = AutoModelForCausalLM.from_pretrained(model)(torch.arange(20)[None]).logits
+    assert 0 < (found.float() - whole.float()).abs().max() < 0.5 * whole.float().abs().max()
+    coded = recipes.parse({"version": 1, "stages": ["encode_weights"]})
+    with pytest.raises(BadInput, match="bitsandbytes"):
+        pipeline.run(coded, tmp_path / "out", tmp_path / "coded")
