@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,8 @@ _MEND = "remove it to measure anew, or start again with --overwrite"
 class LevelBudget:
     """``units``: their weights' names; ``curves``: of all weights that share ``target`` bits each.
 
-    ``step``: octaves a level; ``fine``: weights that stay at 8 bits unless they are dropped.
+    ``step``: octaves a level; ``fine``: weights that stay at 8 bits unless they are dropped;
+    ``base``: factors at level 0 (`allocate`), 1 for weights that are not named.
     """
 
     units: Mapping[Unit, Sequence[str]]
@@ -42,6 +43,7 @@ class LevelBudget:
     target: float
     step: float
     fine: Collection[str] = ()
+    base: Mapping[str, float] = field(default_factory=dict)
 
     def dropped(self, genome: Genome) -> set[str]:
         """The weights of units that are dropped."""
@@ -50,10 +52,10 @@ class LevelBudget:
 
     def factors(self, genome: Genome) -> dict[str, float]:
         """Of the other weights, as `allocate` takes them."""
-        factors = dict.fromkeys(self.curves, 1.0)
+        factors = {name: self.base.get(name, 1.0) for name in self.curves}
         for names, level in zip(self.units.values(), genome, strict=True):
             for name in names:
-                factors[name] = 2 ** (self.step * (level or 0))
+                factors[name] *= 2 ** (self.step * (level or 0))
         gone = self.dropped(genome)
         return {name: factor for name, factor in factors.items() if name not in gone}
 

@@ -65,18 +65,25 @@ class LevelSearch:
 class Levels:
     """The best genome: ``factors`` as `fit_rate` takes them, of all weights of no unit ``dropped``.
 
-    In nats a token on the last stage's text ``loss``, ``start_loss`` with the same step everywhere,
-    and the ``history`` of the best of each generation, which begins before the first. ``unseen``:
-    of the best and of the same step everywhere, the loss on text that took no part in the search;
-    where the best is worse there, ``factors`` and ``dropped`` are those of the same step.
+    ``offsets``: by unit how many octaves wider than at first its steps are, None where dropped.
+
+    In nats a token on the last stage's text ``loss``, ``start_loss`` with no offsets, and the
+    ``history`` of the best of each generation, which begins before the first. ``unseen``: of the
+    best and of no offsets, the loss on text that took no part in the search; where the best is
+    worse there, there are none in ``factors`` and nothing is ``dropped``.
     """
 
     factors: dict[str, float]
-    dropped: tuple[Unit, ...]
+    offsets: dict[Unit, float | None]
     loss: float
     start_loss: float
     history: tuple[float, ...]
     unseen: tuple[float, float] | None = None
+
+    @property
+    def dropped(self) -> tuple[Unit, ...]:
+        """The units that are left out."""
+        return tuple(unit for unit, offset in self.offsets.items() if offset is None)
 
     @property
     def kept(self) -> bool:
@@ -114,9 +121,9 @@ def search_levels(
     as for `quantize_ecsq`.
 
     Elitist (1 + offspring): a generation's parent goes when a child is better on the last stage's
-    tokens. The first is the better of one step for all and of what ``sensitivities`` (see
-    `allocate`) make of each unit on average, so the outcome is never worse there than these; before
-    the first generation so many units as it has offspring are dropped from it, one at a time. The
+    tokens. The first has no offsets, which is one step relative to the spread for all or what
+    ``sensitivities`` make of them (see `allocate`), so the outcome is never worse there; before the
+    first generation so many units as it has offspring are dropped from it, one at a time. The
     outcome depends on the arguments only; with a ``journal`` an interrupted search goes on to the
     same one.
 
@@ -144,34 +151,36 @@ def search_levels(
                     w, scale_dtype, rows=own, seed=settings.seed, name=name
                 )
             step.advance(1)
-    budget = LevelBudget(units, curves, target, settings.step, [n for n in names if n in fine])
+    base = _finite(relative_steps(curves, sensitivities)) if sensitivities else {}
+    coarse = [name for name in names if name in fine]
+    budget = LevelBudget(units, curves, target, settings.step, coarse, base)
     told = _told(f"{subject} {scale_dtype}", budget, tokens, settings.seed)
     loss = LevelLoss(model, read, budget, tokens, scale_dtype, journal, told, rows)
-    starts: list[Genome] = [(0,) * len(units)]
-    if sensitivities is not None:
-        starts.append(_averages(budget, sensitivities))
+    start: Genome = (0,) * len(units)
     may_go = [unit in droppable and settings.most_drops != 0 for unit in units]
-    search = _Search(loss, starts, may_go, counts, settings)
+    search = _Search(loss, start, may_go, counts, settings)
     bests: list[tuple[float, Genome]] = []
     try:
         with progress.step("searching levels", 1 + settings.generations, "generations") as step:
             for number in range(1 + settings.generations):
                 bests.append(search.generation(number, bests[-1][1] if bests else None))
                 step.advance(1)
-        [start_loss] = loss(starts[:1], counts[-1])
+        [start_loss] = loss([start], counts[-1])
     finally:
         loss.restore()
     del loss, search  # and the log-probabilities that they hold
     found, best = bests[-1]
     judged = None
     if unseen is not None:
-        judged = _judged(
-            LevelLoss(model, read, budget, unseen, scale_dtype, rows=rows), best, starts[0]
-        )
-        best = best if judged[0] < judged[1] else starts[0]
+        judge = LevelLoss(model, read, budget, unseen, scale_dtype, rows=rows)
+        judged = _judged(judge, best, start)
+        best = best if judged[0] < judged[1] else start
     return Levels(
         budget.factors(best),
-        tuple(unit for unit, level in zip(units, best, strict=True) if level is None),
+        {
+            unit: None if level is None else settings.step * level
+            for unit, level in zip(units, best, strict=True)
+        },
         found,
         start_loss,
         tuple(each for each, _ in bests),
@@ -197,22 +206,22 @@ class _Search:
     def __init__(
         self,
         loss: LevelLoss,
-        starts: list[Genome],
+        start: Genome,
         may_go: list[bool],
         counts: list[int],
         settings: LevelSearch,
     ) -> None:
-        self._loss, self._starts, self._counts, self._settings = loss, starts, counts, settings
+        self._loss, self._start, self._counts, self._settings = loss, start, counts, settings
         self._free = [index for index, free in enumerate(may_go) if free]
 
     def generation(self, number: int, parent: Genome | None) -> tuple[float, Genome]:
-        """The best of a parent and its children; number 0 has starts in their place."""
+        """The best of a parent and its children; number 0 has the start and drops from it."""
         chance = random.Random(f"{self._settings.seed}/{number}")
         count = self._settings.offspring
         if parent is None:
-            _, best = self._select(self._starts, set())
+            start = self._start
             gone = chance.sample(self._free, min(count, len(self._free)))
-            return self._select([best], {_with(best, index, None) for index in gone})
+            return self._select([start], {_with(start, index, None) for index in gone})
         return self._select([parent], {self._mutated(parent, chance) for _ in range(count)})
 
     def _select(self, incumbents: list[Genome], children: set[Genome]) -> tuple[float, Genome]:
@@ -264,25 +273,10 @@ def _order(genome: Genome) -> list[float]:
     return [math.inf if level is None else level for level in genome]
 
 
-def _averages(budget: LevelBudget, sensitivities: Mapping[str, float]) -> Genome:
-    """By unit the mean over its weights of what sensitivities make of their steps, in octaves.
-
-    Relative to the mean of all units, and rounded; weights in which errors do no harm say nothing.
-    """
-    names = {name for group in budget.units.values() for name in group if name not in budget.fine}
-    curves = {name: budget.curves[name] for name in budget.curves if name in names}
-    factors = relative_steps(curves, sensitivities)
-    octaves = {name: math.log2(f) for name, f in factors.items() if math.isfinite(f)}
-
-    def mean(group: Collection[str]) -> float:
-        weights = [(octaves[name], curves[name].weights) for name in group if name in octaves]
-        return sum(o * n for o, n in weights) / (sum(n for _, n in weights) or 1)
-
-    common = mean(octaves)
-    return tuple(
-        round((mean(group) - common) / budget.step) if octaves.keys() & set(group) else 0
-        for group in budget.units.values()
-    )
+def _finite(factors: Mapping[str, float]) -> dict[str, float]:
+    """Where an error does no harm, the widest of the others."""
+    widest = max((f for f in factors.values() if math.isfinite(f)), default=1.0)
+    return {name: min(factor, widest) for name, factor in factors.items()}
 
 
 def _told(subject: str, budget: LevelBudget, tokens: torch.Tensor, seed: int) -> str:
@@ -290,6 +284,6 @@ def _told(subject: str, budget: LevelBudget, tokens: torch.Tensor, seed: int) ->
     digest = hashlib.sha256(tokens.cpu().contiguous().numpy())
     units = [[*unit, *names] for unit, names in budget.units.items()]
     rest = [list(tokens.shape), budget.target, budget.step, seed, units, budget.fine]
-    curves = [[name, *curve.bits] for name, curve in budget.curves.items()]
+    curves = [[name, budget.base.get(name), *c.bits] for name, c in budget.curves.items()]
     digest.update(json.dumps([rest, curves]).encode())
     return f"{subject} {digest.hexdigest()}"

@@ -52,12 +52,14 @@ class RateSearch:
 
 @dataclass(frozen=True)
 class LevelSearch:
-    """``start`` and ``found``: KLs in nats a token, of one step for all and of those found;
+    """``start`` and ``found``: KLs in nats a token, of no differences and of those found;
+    ``unseen``: of those found and of none, on text that the search did not see, or nothing;
     ``levels``: by part of a block by how many octaves its steps are wider than the common one, in
     the order of ``blocks``; None where it has none."""
 
     start: float | None
     found: float | None
+    unseen: list[float]
     history: list[float]
     blocks: list[int]
     levels: dict[str, list[float | None]]
@@ -211,6 +213,7 @@ def _level_search(found: dict[str, Any], alive: list[int]) -> LevelSearch | None
     return LevelSearch(
         start=number(found.get("start_loss")),
         found=number(found.get("loss")),
+        unseen=numbers(found.get("unseen")),
         history=numbers(found.get("history")),
         blocks=alive[:blocks],
         levels={

@@ -129,10 +129,15 @@ def _rate_search(search: RateSearch) -> str:
 def _level_search(search: LevelSearch) -> str:
     said = (
         f"Search of a step for each part of a block: KL {figure(search.start)} → "
-        f"{figure(search.found)} nats a token on the search text, from one step for all"
+        f"{figure(search.found)} nats a token on the search text, from no differences"
     )
     if search.start is not None and search.found is not None and search.found >= search.start:
         return f"{said}; it found nothing better."
+    if len(search.unseen) == 2:
+        found, start = map(figure, search.unseen)
+        said += f"; on text that it did not see {start} → {found}"
+        if search.unseen[0] >= search.unseen[1]:
+            return f"{said}, so that it was not used."
     return f"{said}."
 
 

@@ -29,12 +29,12 @@ class WeightsConfig(StageConfig):
 
     Of ecsq: either ``bits_per_weight`` of all quantized matrices together, or
     ``max_perplexity_ratio``, for which the least rate is looked for on the calibration text;
-    ``rdo``, the lambda of rate-distortion rounding (0: none); ``sensitivity``: matrices
-    and rows whose errors cost more get finer steps, ``super_weights``: those that hold one stay at 8 bits, both of
-    which take a look at the model at work. Of rtn: ``bits`` (4), ``symmetric`` (no, but with
-    training), and ``group`` (64): columns that share a scale, or what is next below that divides a
-    matrix, or "row". Of nf4: ``double_quant``, its scales quantized too. Options of another method
-    are errors.
+    ``rdo``, the lambda of rate-distortion rounding (0: none); ``sensitivity``: matrices and rows
+    whose errors cost more get finer steps, ``super_weights``: those that hold one stay at 8 bits,
+    both of which take a look at the model at work. Of rtn: ``bits`` (4), ``symmetric`` (no, but
+    with training), and ``group`` (64): columns that share a scale, or what is next below that
+    divides a matrix, or "row". Of nf4: ``double_quant``, its scales quantized too. Options of
+    another method are errors.
     """
 
     method: Literal["ecsq", "rtn", "nf4", "int8"] = "ecsq"

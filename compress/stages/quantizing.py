@@ -269,7 +269,7 @@ def _searched(work: _Work, config: SearchConfig, shares: Mapping[str, Any]) -> L
         "kept": levels.kept,
         "dropped": [list(unit) for unit in levels.dropped],
         "units": {
-            kind: [_level(work, levels, (kind, index)) for index in range(found.blocks)]
+            kind: [levels.offsets.get((kind, index)) for index in range(found.blocks)]
             for kind in found.kinds
         },
     }
@@ -277,13 +277,6 @@ def _searched(work: _Work, config: SearchConfig, shares: Mapping[str, Any]) -> L
     if levels.dropped:
         work.done.config = skip_config(work.checkpoint.config, **dropped)
     return levels
-
-
-def _level(work: _Work, levels: Levels, unit: Unit) -> float | None:
-    """How many octaves wider than the common step a unit's are; None where it has none."""
-    if unit in levels.dropped or unit not in work.units:
-        return None
-    return round(math.log2(levels.factors[work.units[unit][0]]), 4)
 
 
 def _inside(name: str, modules: Iterable[str]) -> bool:

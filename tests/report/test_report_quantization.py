@@ -49,7 +49,7 @@ def test_what_was_done() -> None:
         "Search of the least rate whose perplexity on the search text is at most 1.1 times that "
         "of the model itself: 1.093 times, found in 4 trials.",
         "Search of a step for each part of a block: KL 0.31 → 0.22 nats a token on the search "
-        "text, from one step for all.",
+        "text, from no differences.",
         "Left out by the search: attention of block 3.",
         "Trained: blockwise in 3 windows of blocks, cut by entropy, 9 steps. An untrained model "
         "was not measured beside it: nothing here says how much training helped.",
@@ -99,7 +99,7 @@ def test_the_unwelcome_is_said() -> None:
         )
     )
     assert "1.2 times, found in 4 trials, which is more than was allowed." in words
-    assert "from one step for all; it found nothing better." in words
+    assert "from no differences; it found nothing better." in words
     assert "which harms" not in said(quantization(training={"mode": "full"}))
     assert "Trained: full. An untrained" in said(quantization(training={"mode": "full"}))
 
