@@ -216,8 +216,13 @@ def training_table(subject: Decoder, names: list[str], options: argparse.Namespa
 
 def trained(subject: Decoder, name: str, options: argparse.Namespace) -> Found:
     """What comes of a training, or of its start, "untrained"."""
-    from compress.quant.qat import QatSettings, train_blockwise
-    from compress.quant.qat.partition import block_entropies, entropy_windows, uniform_windows
+    from compress.quant import (
+        QatSettings,
+        block_entropies,
+        entropy_windows,
+        train_blockwise,
+        uniform_windows,
+    )
 
     opened, tokens = subject.opened, subject.calibration
     scheme = Scheme(4, None, True)

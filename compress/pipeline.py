@@ -15,7 +15,7 @@ from compress import recipe as recipes
 from compress.checkpoint import Checkpoint, Digest, Source
 from compress.errors import BadInput
 from compress.gates import GateResult, Subject
-from compress.progress import SILENT, Progress
+from compress.progress import SILENT, Progress, no_bars
 from compress.recipe import Recipe, StageSpec
 from compress.signals import Measurement
 from compress.stages import (
@@ -95,6 +95,7 @@ def plan(
     return planned
 
 
+@no_bars()
 def run(
     recipe: str | Path | Recipe,
     model: str | Path,
@@ -166,6 +167,7 @@ def decompress(
     return output
 
 
+@no_bars()
 def measure(
     model: str | Path,
     calibration: Calibration | None = None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Step(Protocol):
@@ -42,3 +42,21 @@ class Silent:
 
 
 SILENT = Silent()
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Libraries that draw tqdm's bars draw none; we report in our own way."""
+    from tqdm.std import tqdm
+
+    draw = tqdm.__init__
+
+    # tqdm reads its environment variable only once, when it is imported.
+    def draw_nothing(bar: Any, *args: Any, **options: Any) -> None:
+        draw(bar, *args, **{**options, "disable": True})
+
+    tqdm.__init__ = draw_nothing
+    try:
+        yield
+    finally:
+        tqdm.__init__ = draw

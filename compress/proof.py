@@ -32,7 +32,7 @@ from compress.evaluate import (
 )
 from compress.gates import GateResult, LmEvalConfig, Row, Subject
 from compress.paths import cache_dir
-from compress.progress import SILENT, Progress
+from compress.progress import SILENT, Progress, no_bars
 from compress.recipe import Recipe
 
 
@@ -54,6 +54,7 @@ class Proof:
         return all(gate.verdict == "passed" for gate in self.gates)
 
 
+@no_bars()
 def prove(
     model: str | Path,
     options: EvalOptions | None = None,

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
+from compress.progress import no_bars
+
 _LOGGERS = ("lm_eval", "datasets", "transformers", "bitsandbytes")
 
 
@@ -15,13 +17,6 @@ _LOGGERS = ("lm_eval", "datasets", "transformers", "bitsandbytes")
 def quiet() -> Iterator[None]:
     """No bars, nothing on stdout, logs from errors on; everything as it was afterwards."""
     from lm_eval import evaluator
-    from tqdm.std import tqdm
-
-    draw = tqdm.__init__
-
-    # tqdm reads its environment variable only once, when it is imported.
-    def draw_nothing(bar: Any, *args: Any, **options: Any) -> None:
-        draw(bar, *args, **{**options, "disable": True})
 
     with ExitStack() as restored:
         restored.enter_context(redirect_stdout(io.StringIO()))
@@ -29,7 +24,7 @@ def quiet() -> Iterator[None]:
             logger = logging.getLogger(name)
             restored.callback(logger.setLevel, logger.level)
             logger.setLevel(max(logging.ERROR, logger.level))
-        restored.enter_context(_replaced(tqdm, "__init__", draw_nothing))
+        restored.enter_context(no_bars())
         # It would ask git about the working directory, and git complains on stderr.
         restored.enter_context(_replaced(evaluator, "get_git_commit_hash", lambda: None))
         yield
