@@ -47,7 +47,7 @@ ROWS = {
 SENSITIVE = {
     f"{name}, sensitivity": replace(row, sensitivities=True)
     for name, row in ROWS.items()
-    if name.startswith((LESS, "ECSQ, int3", "ECSQ 3.8"))
+    if name.startswith((LESS, "ECSQ, int3", "ECSQ 3.8", "ECSQ 4.3"))
 }
 EVERY = ROWS | SENSITIVE
 UNTRAINED, CORRECTED, BY_ENTROPY = "untrained", "guides corrected", "windows by entropy"
