@@ -266,6 +266,7 @@ def _recorded(recipe: Recipe) -> dict[str, Any]:
     resolved = recipe.resolved()
     if not resolved["calibration"]["data"].startswith("builtin:"):
         resolved["calibration"]["data"] = Path(resolved["calibration"]["data"]).name
+    resolved["stages"] = [{spec.name: gates.recorded(spec.config)} for spec in recipe.stages]
     resolved["gates"] = [{spec.name: gates.recorded(spec.config)} for spec in recipe.gates]
     return resolved
 
@@ -296,7 +297,11 @@ def _keys(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
     keys: list[str] = []
     for index, spec in enumerate(_specs(recipe)):
         before = keys[-1] if keys else [checkpoint.fingerprint, calibration, version]
-        keys.append(stage_key(index, before, spec.name, spec.config.model_dump(mode="json")))
+        options = spec.config.model_dump(mode="json")
+        inputs = Path(options.get("inputs") or "")
+        if inputs.is_file():
+            options["inputs"] = hashlib.sha256(inputs.read_bytes()).hexdigest()
+        keys.append(stage_key(index, before, spec.name, options))
     return keys
 
 

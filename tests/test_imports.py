@@ -32,6 +32,7 @@ FLOORS = {
     "report": 4,
     "hf": 3,
     "signals": 3,
+    "tokens": 3,
     "checkpoint": 2,
     "codec": 1,
     "_autoload": 0,  # names the quantizer's module as text

@@ -22,6 +22,7 @@ from compress.checkpoint.layout import (
     REPORT,
     REPORT_FOLDER,
     SINGLE,
+    TOKENS,
     is_document,
 )
 from compress.checkpoint.loading import FLOATS
@@ -40,6 +41,7 @@ __all__ = [
     "REPORT",
     "REPORT_FOLDER",
     "SINGLE",
+    "TOKENS",
     "Checkpoint",
     "Digest",
     "NewTensor",

@@ -17,6 +17,7 @@ INDEX = "model.safetensors.index.json"
 CARD = "README.md"
 REPORT = "report.html"
 REPORT_FOLDER = "report"
+TOKENS = "entropress_tokens"  # the config's key for which tokens a prompt may lose
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

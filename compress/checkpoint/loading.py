@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.consistency import coding
+from compress.checkpoint.layout import TOKENS
 from compress.errors import BadInput, Corrupt
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def load_model(directory: Path, config: dict[str, Any], dtype: Any, device: Any)
     """The model that ``config['architectures']`` names, else the base model, in eval mode.
 
     Whole: what the config names as skipped is computed, as every other reader does it
-    (`compress.hf.skip_sublayers` takes it out).
+    (`compress.hf.skip_sublayers` takes it out), and no tokens are pruned (`compress.tokens`).
     ``dtype``: a torch dtype or its name, or "auto" for the stored one. ``device``: a torch device,
     or "auto" for all CUDA devices as accelerate fills them, or the CPU where there are none. Raises
     `Corrupt` when weights are missing, left over or of a wrong shape (tied weights need not be
@@ -72,6 +73,8 @@ def load_model(directory: Path, config: dict[str, Any], dtype: Any, device: Any)
         settings = AutoConfig.from_pretrained(directory, local_files_only=True)
         if coding(config) is not None:
             settings.quantization_config["skip"] = False
+        # Loaders of coded checkpoints would follow it.
+        policy = settings.__dict__.pop(TOKENS, None)
         model, info = _model_class(config).from_pretrained(
             directory,
             config=settings,
@@ -81,6 +84,8 @@ def load_model(directory: Path, config: dict[str, Any], dtype: Any, device: Any)
             device_map="auto" if spread else None,
             ignore_mismatched_sizes=True,  # to report them below rather than by a traceback
         )
+        if policy is not None:
+            setattr(model.config, TOKENS, policy)
     except (OSError, ValueError) as error:
         raise BadInput(f"transformers cannot load it: {error}", where=directory) from error
     for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -90,9 +95,20 @@ def load_model(directory: Path, config: dict[str, Any], dtype: Any, device: Any)
                 where=directory,
                 got=names[0],
             )
+    _unpack(model)
     if not spread:
         model = model.to("cpu" if device == "auto" else device)
     return model.eval()
+
+
+def _unpack(model: Any) -> None:
+    """Make dense weights of the codes of compressed-tensors.
+
+    A hook of its own would do so at the first pass through the whole model; ours run parts of it.
+    """
+    for hook in list(model._forward_pre_hooks.values()):
+        if getattr(hook, "__name__", "") == "ct_decompress_hook":
+            hook(model, ())
 
 
 def load_tokenizer(directory: Path) -> Any:

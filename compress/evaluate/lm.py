@@ -16,6 +16,7 @@ from compress import checkpoint as room
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, did_you_mean
 from compress.hf import skip_if_possible  # which also teaches transformers the format
+from compress.tokens import attach_if_stored
 
 _PASSED_ON = (
     *("batch_size", "max_batch_size", "max_length", "truncation", "logits_cache", "backend"),
@@ -57,7 +58,7 @@ class EntropressLM(HFLM):
         if device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # lm-eval's command line asks for CUDA unless it is told otherwise
         tokenizer = pretrained.tokenizer()
-        model = skip_if_possible(pretrained.load_model(dtype, device))
+        model = attach_if_stored(skip_if_possible(pretrained.load_model(dtype, device)))
         if model.get_output_embeddings() is None:
             raise BadInput("has no language-model head", where=self.source.path)
         super().__init__(model, tokenizer=tokenizer, softmax_dtype=softmax_dtype, **options)

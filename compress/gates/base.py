@@ -134,9 +134,10 @@ def eval_options(config: ModelGateConfig) -> EvalOptions:
 
 
 def recorded(config: StageConfig) -> dict[str, Any]:
-    """A gate's options as plain data without a path of this machine, be the file there or not."""
+    """The options of a gate or stage as plain data without a path of this machine, be the file
+    there or not."""
     options = config.model_dump(mode="json")
-    for key in ("data", "include_path"):
+    for key in ("data", "include_path", "inputs"):
         if options.get(key) and not options[key].startswith("builtin:"):
             options[key] = Path(options[key]).name
     return options

@@ -39,13 +39,14 @@ class EntropressConfig(QuantizationConfigMixin):
     They are checked against the shards by `compress.checkpoint.open`, not here. ``skip`` is for
     `from_pretrained`: whether the model is loaded without what its config names as skipped
     (`compress.hf.skip_sublayers`); ``quantization_config=EntropressConfig(skip=False)`` loads it
-    whole.
+    whole. ``tokens`` likewise: whether prompts lose the tokens that its config says they may
+    (`compress.tokens.attach_stored`).
     """
 
     dequantize = True  # makes transformers drop every trace of quantization from the loaded model
 
-    def __init__(self, skip: bool = True, **members: Any) -> None:
-        self.__dict__.update(members, skip=skip, quant_method=QUANT_METHOD)
+    def __init__(self, skip: bool = True, tokens: bool = True, **members: Any) -> None:
+        self.__dict__.update(members, skip=skip, tokens=tokens, quant_method=QUANT_METHOD)
 
     @classmethod
     def from_dict(
@@ -69,7 +70,7 @@ class EntropressConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What `from_pretrained` may be given beside what the checkpoint says."""
-        return {"skip": self.skip}
+        return {"skip": self.skip, "tokens": self.tokens}
 
 
 # Of other classes transformers ignores the given config.
@@ -136,8 +137,11 @@ class EntropressQuantizer(_DecodingQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # Not above: transformers is still being imported when this module is.
         from compress.hf.skipping import skip_if_possible
+        from compress.tokens import attach_if_stored
 
-        return skip_if_possible(model) if self.quantization_config.skip else model
+        if self.quantization_config.skip:
+            skip_if_possible(model)
+        return attach_if_stored(model) if self.quantization_config.tokens else model
 
     def is_serializable(self) -> bool:
         return True
@@ -158,6 +162,12 @@ class CodedCompressedTensorsQuantizer(_DecodingQuantizer, CompressedTensorsHfQua
         self.stored_dtype = quantization_config.__dict__.pop("stored_dtype")
         quantization_config.quant_method = QuantizationMethod.COMPRESSED_TENSORS
         super().__init__(quantization_config, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from compress.tokens import attach_if_stored
+
+        done = super()._process_model_after_weight_loading(model, **kwargs)
+        return attach_if_stored(model if done is None else done)
 
 
 class _CodedTensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.stages import cast, encode_weights, prune_blocks, quantize
+from compress.stages import cast, encode_weights, prune_blocks, prune_tokens, quantize
 from compress.stages.base import (
     Calibration,
     CheckpointView,
@@ -32,6 +32,7 @@ __all__ = [
     "get",
     "names",
     "prune_blocks",
+    "prune_tokens",
     "quantize",
     "register",
     "total_nbytes",
