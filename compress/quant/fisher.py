@@ -42,12 +42,14 @@ def measure_fisher(
     weights. One sequence at a time goes through the model and back, and its states are all that is
     held. A layer that did not run has zeros.
 
-    Raises `BadInput` for a name that no linear layer has, tokens that the model cannot take, and
-    gradients that are not finite.
+    Raises `BadInput` for a model without a head, a name that no linear layer has, tokens that the
+    model cannot take, and gradients that are not finite.
     """
     import torch
 
     check_tokens(model.config, tokens)
+    if model.get_output_embeddings() is None:
+        raise BadInput("predicts no tokens to be sensitive about", where=type(model).__name__)
     modules = linear_modules(model, layers)
     device = next(model.parameters()).device
     found = {

@@ -76,6 +76,12 @@ def test_the_model_is_left_as_it_was(tiny_llama: Path) -> None:
         measure_fisher(model, TOKENS, ["model.norm.weight"])
 
 
+def test_a_model_without_a_head(tiny_llama: Path) -> None:
+    model, names = load(tiny_llama)
+    with pytest.raises(BadInput, match="predicts no tokens"):
+        measure_fisher(model.model, TOKENS, [name.removeprefix("model.") for name in names[:1]])
+
+
 def test_rows_that_matter_get_finer_steps() -> None:
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(8, 64, generator=generator)
