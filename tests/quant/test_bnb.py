@@ -343,6 +343,6 @@ def test_without_bitsandbytes(
     source: Checkpoint, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(Missing, match=r"pip install 'entropress\[bnb\]'"):
+    with pytest.raises(Missing, match=r"pip install bitsandbytes accelerate"):
         export_bnb(source, names, "nf4", tmp_path / "out")
     assert bnb_unfit(source.tensor_infos()[names[0]], "nf4") is None

@@ -262,7 +262,10 @@ def test_page_and_card_tell_the_same(publish: Callable[..., Path]) -> None:
 def test_a_quantized_model(tiny_llama: Path, tmp_path: Path) -> None:
     """What the stage itself writes is understood, and scales are no weights."""
     output = tmp_path / "out"
-    overrides = ("stages.quantize.weights.bits_per_weight=4.5", "stages.quantize.ignore=[lm_head]")
+    overrides = (
+        *("calibration.sequences=2", "calibration.length=64", "stages.quantize.ignore=[lm_head]"),
+        "stages.quantize.weights.bits_per_weight=4.5",
+    )
     pipeline.run("ecsq.yaml", tiny_llama, output, overrides=overrides)
     facts = collect_facts(output)
     found = facts.quantization
