@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from compress.errors import BadInput
+from compress.tokens.cache_hooks import cache_engine_of
 from compress.tokens.families import find_family
 from compress.tokens.hooks import Engine, engine_of
 from compress.tokens.policy import TokenPolicy
@@ -51,6 +52,12 @@ def attach(model: Any, policy: TokenPolicy, *, selector: Selector | None = None)
             "tokens of this model are pruned already",
             where=type(model).__name__,
             mend="leave the block or detach first",
+        )
+    if cache_engine_of(model.get_decoder()) is not None:
+        raise BadInput(
+            "its cache is compressed: prompts are not pruned as well",
+            where=type(model).__name__,
+            mend="detach_cache first",
         )
     if selector is None:
         from compress.tokens.selectors import make_selector
