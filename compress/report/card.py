@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.report import pruning_words, quantization_words, wording
+from compress.report import pruning_words, quantization_words, tokens_words, wording
 from compress.report.canvas import Plot
 from compress.report.facts import Facts
 from compress.report.values import items, text
@@ -27,7 +27,7 @@ _KEPT = (
 )
 _TAGS = (
     *("entropress", "compressed", "lossless", "near-lossless"),
-    *("entropy-coded", "pruned", "quantized"),
+    *("entropy-coded", "pruned", "quantized", "token-pruned"),
 )
 
 
@@ -47,6 +47,7 @@ def model_card(facts: Facts, plots: Mapping[str, Plot]) -> bytes:
         words=wording,
         pruned=pruning_words,
         quantized=quantization_words,
+        token_words=tokens_words,
         judgement=wording.judgement(facts),
     )
     members = _head(facts, head)
@@ -106,6 +107,7 @@ def _head(facts: Facts, before: Mapping[str, Any]) -> dict[str, Any]:
     ours = ["entropress", "compressed", wording.kind(facts)]
     ours += ["entropy-coded"] * facts.coded + ["pruned"] * bool(facts.removed)
     ours += ["quantized"] * bool(facts.quantization)
+    ours += ["token-pruned"] * bool(facts.token_pruning)
     tags = [tag for tag in items(before.get("tags")) if isinstance(tag, str) and tag not in _TAGS]
     kept = {key: value for key in _KEPT if _is_plain(value := before.get(key))}
     head = {"library_name": "transformers"} | kept

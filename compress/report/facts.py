@@ -22,6 +22,7 @@ from compress.report.exponents import Histogram, TensorExponents, measure_expone
 from compress.report.gates import Gate, overall, read_gates
 from compress.report.pruning import Pruning, Removed, merge, read_prunings, together
 from compress.report.quantization import Quantization, read_quantization
+from compress.report.tokens import TokenPruning, read_token_pruning
 from compress.report.values import count, entries, items, members, text
 
 _NUMBERED = re.compile(r"(?:(.+?)\.)?(\d{1,6})\.", re.ASCII)
@@ -68,6 +69,7 @@ class Facts:
     kinds: list[SizeRow]
     prunings: list[Pruning]
     quantization: Quantization | None
+    token_pruning: TokenPruning | None
     layers: list[Layer]
     histogram: Histogram | None
     card: str | None
@@ -122,6 +124,7 @@ def collect_facts(path: Path, progress: Progress = SILENT) -> Facts:
         kinds=[replace(row, exponent_bits=_mean_bits(by_kind[row.group])) for row in sizes.kinds],
         prunings=read_prunings(stages),
         quantization=quantization,
+        token_pruning=read_token_pruning(stages),
         layers=[] if quantization else _layers(manifest["tensors"], exponents),
         histogram=pool(exponents),
         card=read_card(path / room.CARD) if room.CARD in checkpoint.sidecars() else None,

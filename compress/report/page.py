@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.report import pruning_words, quantization_words, wording
+from compress.report import pruning_words, quantization_words, tokens_words, wording
 from compress.report.canvas import DARK, LIGHT, Plot
 from compress.report.facts import Facts
 from compress.report.gates import Gate, Row
@@ -38,6 +38,7 @@ def html_page(facts: Facts, plots: Mapping[str, Plot]) -> bytes:
         words=wording,
         pruned=pruning_words,
         quantized=quantization_words,
+        token_words=tokens_words,
         title=title,
         sentence=sentence,
         tiles=_tiles(facts),
@@ -90,6 +91,8 @@ def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
     tiles += [pruning_words.tile(pruning) for pruning in facts.prunings]
     if facts.quantization:
         tiles.append(quantization_words.tile(facts.quantization))
+    if facts.token_pruning:
+        tiles.append(tokens_words.tile(facts.token_pruning))
     for gate in facts.gates:
         for row in gate.rows if gate.name == "perplexity" else []:
             if row.reference is not None and row.candidate is not None:

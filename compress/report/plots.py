@@ -1,4 +1,4 @@
-"""The plots of a report: pruning, quantization, sizes, entropies, exponents and their codes."""
+"""The plots of a report: pruning, quantization, tokens, sizes, entropies, exponents and codes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from compress.report.exponents import Histogram
 from compress.report.facts import Facts, Layer
 from compress.report.pruning_plots import draw_pruning
 from compress.report.quantization_plots import draw_quantization
+from compress.report.tokens_plots import draw_token_pruning
 from compress.report.wording import size
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def draw_all(facts: Facts) -> dict[str, Plot]:
     found = draw_pruning(facts.prunings)
     if facts.quantization:
         found |= draw_quantization(facts.quantization)
+    if facts.token_pruning:
+        found |= draw_token_pruning(facts.token_pruning)
     found["sizes"] = _plot_sizes(facts)
     if facts.layers:
         found["entropy"] = _plot_entropy(facts.layers, facts.removed.get("block", []))

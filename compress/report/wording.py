@@ -136,12 +136,20 @@ def is_hub(facts: Facts) -> bool:
 def loading(facts: Facts) -> str:
     """Python that loads the model."""
     head = re.search(f"For({_HEADS})$", facts.architecture)
-    auto = f"AutoModelFor{head[1]}" if head else "AutoModel"
-    return (
-        f"from transformers import {auto}, AutoTokenizer\n\n"
-        f"model = {auto}.from_pretrained({facts.name!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({facts.name!r})"
-    )
+    auto, reader = f"AutoModelFor{head[1]}" if head else "AutoModel", "Tokenizer"
+    tokens = facts.token_pruning
+    if tokens and tokens.target == "visual":
+        auto, reader = "AutoModelForImageTextToText", "Processor"
+    lines = [
+        f"from transformers import {auto}, Auto{reader}",
+        "",
+        f"model = {auto}.from_pretrained({facts.name!r})",
+        f"{reader.lower()} = Auto{reader}.from_pretrained({facts.name!r})",
+    ]
+    if tokens and not facts.coded:
+        lines.insert(0, "from compress.tokens import attach_stored")
+        lines.append("attach_stored(model)")
+    return "\n".join(lines)
 
 
 def limits(facts: Facts) -> list[str]:
@@ -176,6 +184,23 @@ def limits(facts: Facts) -> list[str]:
         )
         if facts.quantization.coded and not facts.coded:
             found.append("Coded bits are what `encode_weights` would come to: it did not run.")
+    if facts.token_pruning:
+        found.append(
+            "Losses of selectors are KLs on calibration inputs, those of candidates on the half "
+            "that one was chosen on: they do not say how many answers stay right. The operations "
+            "counted are those of the decoder on a prompt: not the vision tower, not the choice of "
+            "tokens, not what is generated afterwards. They are no measurement of time."
+        )
+        if any(gate.name != "lm_eval" for gate in facts.gates):
+            found.append(
+                "Gates other than lm_eval run the model on whole prompts: they say nothing about "
+                "the pruning of tokens."
+            )
+        if not facts.coded:
+            found.append(
+                "Transformers alone loads this checkpoint and prunes no tokens: "
+                "`compress.tokens.attach_stored(model)` does."
+            )
     if facts.quantization and facts.quantization.coded:
         found.append(
             "Sizes are those on disk. Transformers makes dense weights of the codes as the model "

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, ClassVar
 
-from compress.checkpoint import Checkpoint, dense_config
+from compress.checkpoint import TOKENS, Checkpoint, dense_config
 from compress.errors import BadInput
 from compress.progress import Progress
 from compress.prune import (
@@ -87,8 +87,7 @@ class PruneBlocks:
         Raises `BadInput` where so much cannot go, the model or its config is not one to prune, or
         the calibration text is not there.
         """
-        if "quantization_config" in dense_config(checkpoint.config):
-            raise BadInput("prune before quantizing", where=checkpoint.path)
+        _check_order(checkpoint)
         kinds = KINDS[config.granularity]
         check_rules(config.scorer, config.search, kinds)
         config.evolution.settings(calibration.seed)
@@ -113,6 +112,7 @@ class PruneBlocks:
         self, checkpoint: Checkpoint, config: PruneBlocksConfig, workspace: Workspace
     ) -> tuple[Checkpoint, StageReport]:
         """Write the pruned checkpoint and prove it to be the old one without those units."""
+        _check_order(checkpoint)
         text, progress = workspace.calibration, workspace.progress
         judged = config.search != "one_shot" or config.heal != "none"
         unseen = (text.sequences // 2 or 1) if judged else 0
@@ -186,6 +186,14 @@ class PruneBlocks:
                 if name in zeroed or renamed.get(name, name) in new
             ],
         )
+
+
+def _check_order(checkpoint: CheckpointView) -> None:
+    """Raise `BadInput` after a stage that must come later."""
+    if "quantization_config" in dense_config(checkpoint.config):
+        raise BadInput("prune before quantizing", where=checkpoint.path)
+    if TOKENS in checkpoint.config:  # its layer would be another one
+        raise BadInput("prune blocks before tokens", where=checkpoint.path)
 
 
 def _least_saved(checkpoint: CheckpointView, config: PruneBlocksConfig, blocks: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from compress.stages.base import (
     register,
     total_nbytes,
 )
+from compress.stages.overlay import pictures
 from compress.stages.visual_inputs import read_examples, visual_inputs
 from compress.tokens import (
     SELECTORS,
@@ -83,7 +85,7 @@ class PruneTokensConfig(StageConfig):
     ``selector``: "auto" is the one of ``candidates`` that loses least on calibration inputs, if it
     is better than chance on others; one that is named is measured as well, and used if ``insist``
     or better than chance. ``inputs``: of visual tokens a JSON-lines file of ``{"image": PATH,
-    "text": PROMPT}``.
+    "text": PROMPT}``. ``pictures``: whether up to three of the images go into the manifest.
     """
 
     target: Literal["visual", "text"] = "visual"
@@ -95,6 +97,7 @@ class PruneTokensConfig(StageConfig):
     insist: bool = False
     inputs: str | None = None
     draws: int = Field(default=3, ge=1)
+    pictures: bool = False
     sinks: int = Field(default=4, ge=0)
     recent: int = Field(default=32, ge=1)
 
@@ -104,6 +107,8 @@ class PruneTokensConfig(StageConfig):
             raise ValueError("it takes either keep or budget")
         if self.selector == AUTO and (self.insist or not self.candidates):
             raise ValueError("selector: auto takes candidates, and insists on none")
+        if self.pictures and self.target != "visual":
+            raise ValueError("pictures are of visual tokens")
         if self.target == "visual" and self.inputs is None:
             raise ValueError("visual tokens need inputs: a JSON-lines file of images and prompts")
         return self
@@ -175,6 +180,9 @@ class PruneTokens:
         policy = replace(policy, layer=layer, keep=_share(config, model.config, layer, counts))
         verdict = _judge(model, inputs, policy, config, workspace)
         policy = replace(policy, selector=verdict.chosen)
+        seen = []
+        if config.pictures:
+            seen = pictures(model, policy, read_examples(str(config.inputs)), inputs)
         stated = model.config
         del model
 
@@ -200,11 +208,15 @@ class PruneTokens:
                 "policy": policy.to_json(),
                 "collapse_layer": collapse,
                 "entropies": [significant(float(mean)) for mean in table.mean(0)],
-                "losses": {name: significant(loss) for name, loss in verdict.losses.items()},
+                "losses": {
+                    name: significant(loss) if math.isfinite(loss) else None
+                    for name, loss in verdict.losses.items()
+                },
                 "less_than_random": verdict.interval,
                 "inputs": len(counts),
                 "tokens": significant(sum(free for free, _ in counts) / len(counts)),
                 "flops_share": significant(share),
+                "pictures": seen,
                 "bytes_in": total_nbytes(checkpoint),
                 "bytes_out": total_nbytes(done),
             },

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress.checkpoint import Checkpoint
-from compress.errors import BadInput, Missing
+from compress.errors import BadInput
+from compress.evaluate import load_processor
 
 if TYPE_CHECKING:
     import torch
@@ -57,16 +58,12 @@ def visual_inputs(
 ) -> list[dict[str, torch.Tensor]]:
     """The model's inputs for each example, of one sequence each.
 
-    Where the text has no image token, it goes before it. Raises `Missing` without Pillow,
-    `BadInput` for a model without processor and for an image that cannot be read.
+    Where the text has no image token, it goes before it. Raises as `load_processor`, and `BadInput`
+    for an image that cannot be read.
     """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise Missing(
-            "Pillow is not installed", mend="run: pip install 'entropress[vision]'"
-        ) from None
-    processor = load_processor(checkpoint)
+    processor = load_processor(checkpoint.path)
+    from PIL import Image, UnidentifiedImageError
+
     token = str(getattr(processor, "image_token", "<image>"))
     inputs = []
     for example in examples:
@@ -78,16 +75,3 @@ def visual_inputs(
             raise BadInput("cannot be read", where=example.image, got=str(error)) from error
         inputs.append(dict(given))
     return inputs
-
-
-def load_processor(checkpoint: Checkpoint) -> Any:
-    """The transformers processor of a model that sees; `BadInput` where there is none."""
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(checkpoint.path, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise BadInput(f"has no processor: {error}", where=checkpoint.path) from error
-    if not hasattr(processor, "image_processor"):
-        raise BadInput("its processor reads no images", where=checkpoint.path)
-    return processor

@@ -201,6 +201,29 @@ SEARCHED = quantization(
 )
 
 
+def token_pruning(config: dict[str, Any] | None = None, **metrics: Any) -> dict[str, Any]:
+    """A `prune_tokens` stage of eight layers as manifests hold it, with members as given."""
+    policy = {"layer": 3, "keep": 0.25, "selector": "logdet", "target": "visual"}
+    usual = {
+        "policy": policy | {"seed": 0, "sinks": 4, "recent": 32, "options": {}},
+        "collapse_layer": 3,
+        "entropies": [0.71, 0.69, 0.68, 0.41, 0.4, 0.39, 0.42, 0.4],
+        "losses": {"random": 0.31, "logdet": 0.12, "divprune": 0.14, "fastv": 0.52},
+        "less_than_random": {"estimate": 0.18, "low": 0.11, "high": 0.26},
+        "inputs": 64,
+        "tokens": 256.0,
+        "flops_share": 0.4123,
+        "bytes_in": 1_000_000,
+        "bytes_out": 1_000_000,
+    }
+    return {
+        "stage": "prune_tokens",
+        "config": {"layer": "auto", "selector": "auto", "insist": False} | (config or {}),
+        "metrics": usual | metrics,
+        "summary": "",
+    }
+
+
 @pytest.fixture(scope="session")
 def pruned(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two of six blocks removed, then coded. Read-only."""

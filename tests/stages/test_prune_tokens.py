@@ -117,6 +117,16 @@ def test_a_budget_is_met(tiny_llama: Path, tmp_path: Path) -> None:
     assert (2 + 4 * kept) / 6 == pytest.approx(0.6, abs=0.02)
 
 
+def test_blocks_are_pruned_before_tokens(tiny_llama: Path, tmp_path: Path) -> None:
+    done, _ = prune(tiny_llama, tmp_path / "out", keep=0.5, selector="uniform", insist=True)
+    blocks = stages.get("prune_blocks")
+    config = blocks.Config.model_validate({"drop": 1})
+    with pytest.raises(BadInput, match="prune blocks before tokens"):
+        blocks.plan(done, config, TEXT)
+    with pytest.raises(BadInput, match="prune blocks before tokens"):
+        blocks.run(done, config, Workspace(tmp_path / "again", TEXT))
+
+
 def test_the_manifest_holds_no_path(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "images.jsonl").write_text('{"image": "x.png", "text": "What?"}\n')
     (tmp_path / "x.png").write_bytes(b"no image")
