@@ -24,7 +24,8 @@ from compress.evaluate.inspect import Inspection, SizeRow, inspect, kind
 from compress.evaluate.likelihood import losses, perplexity, perplexity_ratio
 from compress.evaluate.paired import Comparison, compare, documents_needed
 from compress.evaluate.pairing import TaskComparison, compare_tasks, same_responses
-from compress.evaluate.tasks import check_metric, load_tasks
+from compress.evaluate.processor import load_processor
+from compress.evaluate.tasks import check_metric, check_sees, load_tasks
 from compress.evaluate.verify import VerifyReport, verify
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "check_device",
     "check_metric",
     "check_same_tokens",
+    "check_sees",
     "compare",
     "compare_tasks",
     "diagnose",
@@ -53,6 +55,7 @@ __all__ = [
     "documents_needed",
     "inspect",
     "kind",
+    "load_processor",
     "load_tasks",
     "losses",
     "model_identity",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from compress.checkpoint import Checkpoint, room_needed
 from compress.errors import BadInput, EntropressError
 from compress.evaluate.identity import model_identity
 from compress.evaluate.quiet import quiet
-from compress.evaluate.tasks import load_tasks
+from compress.evaluate.tasks import check_sees, load_tasks
 from compress.paths import cache_dir
 from compress.progress import SILENT, Progress
 
@@ -75,7 +77,8 @@ def run_tasks(
 
     Answers are kept in the directory ``journal`` (`JournaledLM`): a run that was interrupted
     continues there to the same bits, and the model is not even loaded when no answer is missing.
-    Raises as `load_tasks` and `EntropressLM`, and `BadInput` for what lm-eval refuses.
+    Raises as `load_tasks`, `check_sees` and `EntropressLM` (`EntropressVLM` where tasks show
+    images), and `BadInput` for what lm-eval refuses.
     """
     import lm_eval
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -83,14 +86,18 @@ def run_tasks(
 
     from compress.evaluate.journal import JournaledLM
     from compress.evaluate.lm import EntropressLM
+    from compress.evaluate.vlm import EntropressVLM
 
     tasks = load_tasks(options.tasks, options.include_path)
+    check_sees(tasks, checkpoint)
     tokenizer = _chat_tokenizer(checkpoint) if options.apply_chat_template else None
     settings = _settings(checkpoint, options, progress)
+    if tasks.with_images:
+        settings |= _image_packages()
     model = checkpoint.source.id
 
     def make() -> EntropressLM:
-        return EntropressLM(
+        return (EntropressVLM if tasks.with_images else EntropressLM)(
             checkpoint,
             dtype=options.dtype,
             device=options.device,
@@ -99,7 +106,13 @@ def run_tasks(
         )
 
     lm = JournaledLM(
-        make, journal, settings, tokenizer=tokenizer, progress=progress, label=f"lm-eval, {model}"
+        make,
+        journal,
+        settings,
+        tokenizer=tokenizer,
+        progress=progress,
+        label=f"lm-eval, {model}",
+        images=bool(tasks.with_images),
     )
     other = DEFAULT_OTHER_SEED + options.seed
     with quiet(), _single_process():
@@ -126,6 +139,9 @@ def run_tasks(
             raise BadInput(reason, where=", ".join(options.tasks)) from error
     if lm.truncated:
         progress.note(f"{model}: {lm.truncated} requests were cut from the left to fit")
+    for task in tasks.with_images:
+        for sample in results["samples"][task]:
+            sample["doc_hash"] = _doc_hash(sample["doc"])
     results["config"].update(model="entropress", model_args={"pretrained": model})
     aggregations = {name: dict(task.aggregation()) for name, task in tasks.leaves.items()}
     return Evaluation(model, results, tasks.asked, aggregations)
@@ -212,6 +228,25 @@ def _settings(checkpoint: Checkpoint, options: EvalOptions, progress: Progress) 
         "lm_eval": lm_eval.__version__,
         "entropress": __version__,
     }
+
+
+def _image_packages() -> dict[str, Any]:
+    """The versions of what reads and resizes images, as far as there is any."""
+    found: dict[str, Any] = dict.fromkeys(("pillow", "torchvision"))
+    for name in found:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _doc_hash(doc: Any) -> str:
+    """lm-eval's, of images' contents: its own is of where in memory they were."""
+    from lm_eval.utils import handle_non_serializable, hash_dict_images, hash_string
+
+    plain = hash_dict_images(doc)
+    return hash_string(
+        json.dumps(plain, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    )
 
 
 def _chat_tokenizer(checkpoint: Checkpoint) -> Any:

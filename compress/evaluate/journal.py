@@ -14,6 +14,7 @@ from lm_eval.api.model import LM
 
 from compress.checkpoint import dump_json, load_object, room_needed, write_atomic
 from compress.errors import BadInput, EntropressError
+from compress.evaluate.chat import as_template_wants
 from compress.progress import SILENT, Progress
 
 RANGE = 64  # documents of a task that are answered, and kept, together
@@ -25,9 +26,10 @@ class JournaledLM(LM):
     Requests are asked in ranges: `RANGE` documents of one task at a time, whatever the number of
     documents is, so that a document is in the same batch in every run. Each range has a file in
     ``journal``, whose name is a digest of ``settings``, all that the answers depend on beside the
-    requests, and of the requests. An interrupted run keeps its whole ranges; a file that is damaged
-    or another's is written anew. What is random is seeded by the requests. ``truncated``: how many
-    requests were cut to fit, by the attribute of that name of the language model.
+    requests, and of the requests with the contents of their images. An interrupted run keeps its
+    whole ranges; a file that is damaged or another's is written anew. What is random is seeded by
+    the requests. ``truncated``: how many requests were cut to fit, by the attribute of that name of
+    the language model. ``images``: whether it answers requests with images.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class JournaledLM(LM):
         tokenizer: Any = None,
         progress: Progress = SILENT,
         label: str = "lm-eval",
+        images: bool = False,
     ) -> None:
         super().__init__()
         self._make = make
@@ -47,6 +50,9 @@ class JournaledLM(LM):
         self._settings = dict(settings)
         self._progress = progress
         self._label = label
+        self._images = images
+        if images:
+            self.MULTIMODAL = True  # lm-eval asks for its presence as well
         self.truncated = 0
         self.tokenizer = tokenizer
         self.chat_template_args: dict[str, Any] = {}
@@ -67,10 +73,11 @@ class JournaledLM(LM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """HFLM's, which needs the tokenizer only."""
+        """HFLM's, which needs the tokenizer only, with messages as its template wants them."""
         from lm_eval.models.huggingface import HFLM
 
-        return HFLM.apply_chat_template(self, chat_history, add_generation_prompt)
+        history = as_template_wants(self.tokenizer, chat_history, images=self._images)
+        return HFLM.apply_chat_template(self, history, add_generation_prompt)
 
     def get_model_info(self) -> dict[str, Any]:
         return self._settings
@@ -167,4 +174,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, default=_image_digest)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _image_digest(image: Any) -> str:
+    """Of a PIL image's pixels, which is all that is not plain data in a request."""
+    from lm_eval.utils import convert_pil_to_hash
+
+    return str(convert_pil_to_hash(image))

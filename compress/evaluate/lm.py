@@ -123,12 +123,13 @@ class EntropressLM(HFLM):
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
     ) -> torch.Tensor:
-        def check(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            return self._checked(logits)
-
         return super()._model_generate(
-            context, max_length, stop, logits_processor=[check], **options
+            context, max_length, stop, logits_processor=[self._check_step], **options
         )
+
+    def _check_step(self, _: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """`_checked`, as generation calls it for each new token."""
+        return self._checked(logits)
 
     def _checked(self, logits: torch.Tensor) -> torch.Tensor:
         """The same logits. Some may be -inf; NaN and inf show as the largest."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, EntropressError, Missing, did_you_mean
 from compress.evaluate.quiet import quiet
 
@@ -28,6 +29,11 @@ class Tasks:
     asked: dict[str, list[str]]
     built: list[Task | Group]
     leaves: dict[str, Task]
+
+    @property
+    def with_images(self) -> list[str]:
+        """The tasks whose requests show images."""
+        return [name for name, task in self.leaves.items() if _is_multimodal(task)]
 
 
 def load_tasks(names: Sequence[str], include_path: str | None = None) -> Tasks:
@@ -68,6 +74,20 @@ def check_metric(tasks: Tasks, metric: str | None) -> None:
             raise BadInput(f"no metric '{metric}'", where=name, mend=did_you_mean(metric, known))
 
 
+def check_sees(tasks: Tasks, checkpoint: Checkpoint) -> None:
+    """Raise `BadInput` where a task shows images and the model is none of images and text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    classes = checkpoint.config.get("architectures") or ["no architecture"]
+    if tasks.with_images and classes[0] not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
+        raise BadInput(
+            f"does not see, and {tasks.with_images[0]} shows images",
+            where=checkpoint.path,
+            got=classes[0],
+            expected="a model of images and text, such as LlavaForConditionalGeneration",
+        )
+
+
 def _manager(names: Sequence[str], include_path: str | None) -> TaskManager:
     """A task manager that knows all names."""
     from lm_eval.tasks import TaskManager
@@ -103,8 +123,21 @@ def _is_whole(name: Any, index: Mapping[str, Any]) -> bool:
 def _check(name: str, task: Task) -> None:
     if getattr(task, "UNSAFE_CODE", False):
         raise BadInput("would run code that the model writes", where=name)
-    if getattr(task, "MULTIMODAL", False):
-        raise BadInput("needs more than text", where=name)
+    if not _is_multimodal(task):
+        return
+    if task.config.doc_to_audio:
+        raise BadInput("needs more than text and images", where=name)
+    if task.OUTPUT_TYPE != "generate_until":
+        raise BadInput(
+            "shows images, and lm-eval can only generate from those",
+            where=name,
+            got=f"output_type {task.OUTPUT_TYPE}",
+            expected="generate_until",
+        )
+
+
+def _is_multimodal(task: Task) -> bool:
+    return bool(getattr(task, "MULTIMODAL", False))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from compress.evaluate import (
     TaskComparison,
     check_device,
     check_metric,
+    check_sees,
     compare_tasks,
     documents_needed,
     load_tasks,
@@ -64,7 +65,9 @@ class LmEval:
 
     def plan(self, reference: Checkpoint, config: LmEvalConfig) -> None:
         check_device(config.device)
-        check_metric(load_tasks(config.tasks, config.include_path), config.metric)
+        tasks = load_tasks(config.tasks, config.include_path)
+        check_metric(tasks, config.metric)
+        check_sees(tasks, reference)
         if config.apply_chat_template and not reference.tokenizer().chat_template:
             raise BadInput("its tokenizer has no chat template", where=reference.path)
 

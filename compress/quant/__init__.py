@@ -15,7 +15,7 @@ from compress.quant.export_proof import prove_export
 from compress.quant.fisher import measure_fisher, row_steps
 from compress.quant.fitting import Allocation, fit_rate
 from compress.quant.fold import Fold, plan_fold
-from compress.quant.layers import Linears, linear_names
+from compress.quant.layers import ELSEWHERE, Linears, linear_names
 from compress.quant.levels_search import Levels, LevelSearch, search_levels
 from compress.quant.moments import Moments, measure_moments
 from compress.quant.perplexity_rate import RateFound, rate_for_perplexity
@@ -36,6 +36,7 @@ from compress.quant.rtn import fitting_group, quantize_rtn
 from compress.quant.super_weights import super_weights
 
 __all__ = [
+    "ELSEWHERE",
     "SCHEME",
     "Allocation",
     "BnbKind",

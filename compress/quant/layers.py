@@ -17,6 +17,7 @@ _ROUTER = re.compile(r"Router|Gating|Gate(?![a-z])")  # classes, as compressed-t
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 _ROUTES = "routes tokens to experts"
 _FUSED = "experts are one tensor"
+ELSEWHERE = "not stored under its own name"
 MERGED = "experts are merged into one tensor as they are loaded"
 
 
@@ -90,7 +91,7 @@ def _reason(module: torch.nn.Module, path: str, own: str, parameter: torch.Tenso
 
 def _stored_otherwise(name: str, parameter: torch.Tensor, infos: Mapping[str, TensorInfo]) -> str:
     if name not in infos:
-        return "not stored under its own name"
+        return ELSEWHERE
     info = infos[name]
     if info.dtype not in FLOATS or info.dtype == "F64":
         return f"stored as {info.dtype}"

@@ -10,6 +10,7 @@ from compress.checkpoint import Checkpoint, dense_config
 from compress.errors import BadInput
 from compress.prune import model_config
 from compress.quant import (
+    ELSEWHERE,
     SCHEME,
     QTensor,
     Rate,
@@ -192,6 +193,13 @@ def _chosen(checkpoint: CheckpointView, config: QuantizeConfig) -> tuple[list[st
             skipped[name] = reason
         else:
             names.append(name)
+    renamed = [name for name, reason in skipped.items() if reason == ELSEWHERE]
+    if len(renamed) > len(names):
+        raise BadInput(
+            "cannot be quantized: transformers loads its weights under other names",
+            where=checkpoint.path,
+            got=f"{len(renamed)} of {len(renamed) + len(names)}, as {layer_name(renamed[0])}",
+        )
     if not names:
         raise BadInput(
             "has no weight to quantize",

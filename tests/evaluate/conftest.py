@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,3 +158,63 @@ def without_date() -> Any:
         return {key: value for key, value in copy.deepcopy(results).items() if key != "date"}
 
     return strip
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of images and text, 64 tokens an image, with its processor. Read-only."""
+    pytest.importorskip("PIL")
+    import torch
+    from transformers import (
+        AutoConfig,
+        AutoTokenizer,
+        CLIPImageProcessorPil,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    common = {"num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
+    vision = {**common, "hidden_size": 16, "image_size": 64, "patch_size": 8, "projection_dim": 16}
+    text = {**common, "hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 320}
+    config = AutoConfig.for_model(
+        "llava",
+        vision_config={"model_type": "clip_vision_model", **vision},
+        text_config={"model_type": "llama", "max_position_embeddings": 256, **text},
+        vision_feature_layer=-1,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:  # as initialised, images change next to nothing
+            torch.nn.init.normal_(parameter, std=0.15)
+    directory = tmp_path_factory.mktemp("models") / "llava"
+    model.save_pretrained(directory)
+    square = {"height": 64, "width": 64}
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=square),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_pruned(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_llava`, coded, with a policy to keep an eighth of each image. Read-only."""
+    from compress import pipeline
+    from compress import recipe as recipes
+    from compress.checkpoint import TOKENS
+    from compress.tokens import TokenPolicy
+
+    directory = tmp_path_factory.mktemp("models")
+    shutil.copytree(tiny_llava, directory / "dense")
+    config = json.loads((directory / "dense" / "config.json").read_text())
+    config[TOKENS] = TokenPolicy(layer=1, keep=0.125, selector="uniform").to_json()
+    (directory / "dense" / "config.json").write_text(json.dumps(config))
+    recipe = recipes.parse({"version": 1, "stages": ["encode_weights"]})
+    return pipeline.run(recipe, directory / "dense", directory / "pruned").path

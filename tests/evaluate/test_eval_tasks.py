@@ -92,7 +92,11 @@ def test_a_missing_data_file_of_datasets_own_loader(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("unsafe_code: true", "would run code"), ("doc_to_image: word", "needs more than text")],
+    [
+        ("unsafe_code: true", "would run code"),
+        ("doc_to_image: word", "shows images, and lm-eval can only generate.*got .*loglikelihood"),
+        ("doc_to_audio: word", "needs more than text and images"),
+    ],
 )
 def test_kinds_that_we_do_not_run(line: str, message: str, make_task: Any, tmp_path: Path) -> None:
     directory = make_task(tmp_path / "tasks", "tiny_kind", f"{PLAIN}{line}\n")

@@ -178,3 +178,20 @@ def test_progress_counts_documents_and_truncation_is_remembered(
         lm.loglikelihood(requests(RANGE + 1))
         assert lm.truncated == 2  # of two ranges, by `Counter.answer`
     assert recorder.totals == recorder.done == {"documents": 2 * (RANGE + 1)}
+
+
+def test_images_are_part_of_the_question(journal: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+
+    def asked(shade: int) -> Any:
+        shown = {"visual": [image.new("RGB", (4, 4), (shade, 0, 0))]}
+        return [Instance("generate_until", {}, ("<image>?", {}, shown), 0, ("t", 0, 1))]
+
+    made = Counter()
+    first, other, again = (
+        ask(journal, made, asked(shade), "generate_until", images=True) for shade in (1, 2, 1)
+    )
+    assert made.made == 2
+    assert first == again
+    assert first != other
+    assert not hasattr(JournaledLM(made, journal, {}), "MULTIMODAL")

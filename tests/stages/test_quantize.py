@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import compress
@@ -167,6 +169,16 @@ def test_what_cannot_be_quantized(
     with pytest.raises(BadInput, match=r"layers\.3\.mlp\.up_proj\.weight, row 5: holds NaN"):
         quantize(tmp_path / "nan", tmp_path / "out", weights=ECSQ)
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_model_whose_weights_are_renamed_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    """One layer that is stored by its own name would be all that is quantized."""
+    tensors = load_file(tiny_llama / "model.safetensors")
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    renamed = {name.replace("model.layers", "model.blocks"): t for name, t in tensors.items()}
+    save_file(renamed, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"under other names, got 42 of 43, as model\.layers\.0"):
+        quantize(tmp_path / "model", tmp_path / "out", weights=RTN)
 
 
 def test_a_text_that_is_needed_and_not_there(tiny_llama: Path) -> None:
