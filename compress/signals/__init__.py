@@ -22,7 +22,7 @@ from compress.signals.nuclear_norm import nuclear_norm
 from compress.signals.pq_index import pq_index
 from compress.signals.prediction import next_token_entropy
 from compress.signals.renyi import renyi_kernel_entropy, renyi_matrix_entropy
-from compress.signals.sinks import ordinary_tokens
+from compress.signals.sinks import massive_tokens, ordinary_tokens
 from compress.signals.table import (
     SCORERS,
     SCORERS_DEFAULT,
@@ -69,6 +69,7 @@ __all__ = [
     "has_exponents",
     "load_float32",
     "load_text",
+    "massive_tokens",
     "matrix_entropy",
     "measure",
     "measure_weights",

@@ -54,6 +54,8 @@ def token_losses(
             whole = _log_p(model(**given, use_cache=False).logits[0], number)
             found: dict[str, list[float]] = {name: [] for name in named}
             for one in tries:
+                if one.selector == RANDOM:  # else prompts of one form would share one draw
+                    one = replace(one, seed=one.seed + len(tries) * number)
                 with pruning(model, one):
                     logits = model(**given, use_cache=False).logits[0]
                     counted = _counted(model, len(logits), number)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import BadInput
 from compress.progress import SILENT, Progress
-from compress.signals import block_input, find_blocks, ordinary_tokens
+from compress.signals import block_input, find_blocks, massive_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +24,11 @@ def layer_entropies(
 
     ``batches``: inputs of the transformers ``model``, which is in eval mode and not pruned, as its
     processor makes them: ``input_ids``, ``attention_mask`` where there is padding, images. Each
-    sequence is a sample, all visual tokens of it together. Of a model without images, measured are
-    all tokens but padding and sinks (`ordinary_tokens`, the same ones in every layer), since the
-    layer that makes a sink massive would look like a collapse; among visual tokens sinks count, as
-    in the paper. Raises `BadInput` for a sequence with fewer than two tokens to measure, and,
-    naming the layer, for states that are not finite.
+    sequence is a sample, all visual tokens of it together; of a model without images, all tokens
+    but padding and the first. Massive ones, the same in every layer, are left out: a layer that
+    makes a few tokens massive would look like a collapse, as it does by the paper's definition.
+    Raises `BadInput` for a sequence with fewer than two tokens to measure, and, naming the layer,
+    for states that are not finite.
     """
     import torch
 
@@ -56,8 +55,8 @@ def layer_entropies(
                 with torch.inference_mode():
                     model.base_model(**inputs, use_cache=False)
                     for rows in states:
-                        rows = rows if visual is not None else _without_sinks(rows)
-                        table.append([_entropy(layer, x) for layer, x in enumerate(rows)])
+                        ordinary = enumerate(_ordinary(rows, text=visual is None))
+                        table.append([_entropy(layer, x) for layer, x in ordinary])
                         step.advance(1)
     finally:
         for handle in handles:
@@ -73,13 +72,15 @@ def _visual(config: Any, tokens: torch.Tensor) -> torch.Tensor | None:
     return torch.isin(tokens, torch.tensor(ids, device=tokens.device)) if ids else None
 
 
-def _without_sinks(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _ordinary(rows: Sequence[torch.Tensor], text: bool) -> list[torch.Tensor]:
+    """Without what is massive in any layer and, of a text, its first token, where sinks form."""
     import torch
 
-    every = torch.ones(len(rows[0]), dtype=torch.bool, device=rows[0].device)
-    masks = (ordinary_tokens(x.float(), y.float(), every) for x, y in pairwise(rows))
-    ordinary = reduce(torch.logical_and, masks, every)
-    return [x[ordinary] for x in rows]
+    keep = torch.ones(len(rows[0]), dtype=torch.bool, device=rows[0].device)
+    for x in rows if len(keep) else ():
+        keep &= ~massive_tokens(x.float(), torch.ones_like(keep))
+    keep[: int(text)] = False
+    return [x[keep] for x in rows]
 
 
 def _entropy(layer: int, x: torch.Tensor) -> float:

@@ -137,6 +137,25 @@ def test_a_sink_is_not_taken_for_a_collapse() -> None:
     assert collapse_layer(table) is None
 
 
+def test_massive_visual_tokens_are_none_either() -> None:
+    """A few of an image's tokens are made massive by one layer; the others stay as they are."""
+    model = llava()
+    tokens = torch.randint(0, 60, (1, 30), generator=torch.Generator().manual_seed(0))
+    tokens[0, 4:20] = IMAGE
+    batch = {"input_ids": tokens, "pixel_values": normal(1, 3, 32, 32)}
+    before = layer_entropies(model, [batch])
+
+    def write(module: Any, args: Any, output: Any) -> Any:
+        output = output.clone()
+        output[:, 9:11] *= 1000
+        return output
+
+    model.model.language_model.layers[1].register_forward_hook(write)
+    after = layer_entropies(model, [batch])
+    assert after[0, 2] == pytest.approx(float(before[0, 2]), abs=0.1)
+    assert collapse_layer(after.repeat(4, 1)) is None
+
+
 def test_what_cannot_be_measured() -> None:
     model = llava()
     with pytest.raises(BadInput, match="too few tokens to measure, got 0"):
