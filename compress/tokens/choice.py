@@ -29,10 +29,11 @@ def token_losses(
     """By selector the loss of each input, in nats a token: ``KL(whole || pruned)``.
 
     ``model``: in eval mode, not pruned; ``inputs``: of one sequence each, on any device, as the
-    model's processor makes them; ``policy``: all but the selector. Counted are the next-token
-    distributions of all tokens behind the first one that may go and that are none themselves: an
-    image's prompt and answer, or the ``recent`` tokens of a text. "random" is the mean over so many
-    ``draws``, and always there. The logits of one sequence are held at a time.
+    model's processor makes them; ``policy``: all but the selector. Counted are next-token
+    distributions: of a text those of its ``recent`` tokens; of a prompt with images that of its
+    last token, with which the answer begins. (What the words of a question would be followed by
+    depends on an image as well, and says nothing about the answer.) "random" is the mean over so
+    many ``draws``, and always there. The logits of one sequence are held at a time.
 
     Raises `BadInput` as `pruning`, for an input in which nothing is pruned or nothing comes after
     it, and for a model that computes NaN.
@@ -58,7 +59,7 @@ def token_losses(
                     one = replace(one, seed=one.seed + len(tries) * number)
                 with pruning(model, one):
                     logits = model(**given, use_cache=False).logits[0]
-                    counted = _counted(model, len(logits), number)
+                    counted = _counted(model, len(logits), number, policy.target)
                 p, q = whole[counted], logits[counted].float().log_softmax(-1)
                 kl = float((p.exp() * (p - q)).sum(-1).double().mean())
                 found[one.selector].append(kl if kl == kl else float("inf"))
@@ -74,7 +75,7 @@ def _log_p(logits: torch.Tensor, number: int) -> torch.Tensor:
     return logits.float().log_softmax(-1)
 
 
-def _counted(model: Any, length: int, number: int) -> torch.Tensor:
+def _counted(model: Any, length: int, number: int, target: str) -> torch.Tensor:
     """Which tokens' predictions count, bool [length]."""
     import torch
 
@@ -83,7 +84,8 @@ def _counted(model: Any, length: int, number: int) -> torch.Tensor:
     if not segments:
         raise BadInput("holds no token that may be pruned", where=f"calibration input {number}")
     counted = torch.zeros(length, dtype=torch.bool)
-    counted[min(segment.start for segment in segments) :] = True
+    first = length - 1 if target == "visual" else min(segment.start for segment in segments)
+    counted[first:] = True
     for segment in segments:
         counted[segment.start : segment.start + segment.tokens] = False
     if not bool(counted.any()):
