@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import BadInput
 from compress.progress import SILENT, Progress
 from compress.signals import block_input, find_blocks, massive_tokens
+from compress.tokens.families import visual_ids
 
 if TYPE_CHECKING:
     import torch
-
-_IMAGE_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
 def layer_entropies(
@@ -68,7 +67,7 @@ def _visual(config: Any, tokens: torch.Tensor) -> torch.Tensor | None:
     """Which tokens stand for parts of images or videos; None where the model knows neither."""
     import torch
 
-    ids = [token for name in _IMAGE_IDS if (token := getattr(config, name, None)) is not None]
+    ids = visual_ids(config)
     return torch.isin(tokens, torch.tensor(ids, device=tokens.device)) if ids else None
 
 

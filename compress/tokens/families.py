@@ -42,7 +42,7 @@ TEXT = (
 )
 _STACKS_OF_VISUAL = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 _ATTENTION = ("self_attn", "attention", "attn")
-PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 _CROSS = ("mllama", "flamingo", "idefics")
 
 
@@ -116,17 +116,22 @@ def find_family(model: Any, policy: TokenPolicy) -> Family:
             where=f"{where}, layer {layer - 1}",
             mend=f"choose another layer than {layer}",
         )
-    ids = {getattr(config, name, None) for name in PLACEHOLDERS}
     return Family(
         root=model.base_model,
         decoder=decoder,
         config=text,
         layers=layers,
         layer=layer,
-        visual_ids=tuple(i for i in ids if i is not None) if kind == "visual" else (),
+        visual_ids=visual_ids(config) if kind == "visual" else (),
         window=_window(text, where),
         notes=tuple(notes),
     )
+
+
+def visual_ids(config: Any) -> tuple[int, ...]:
+    """The ids that stand for parts of images and videos; none where the model knows neither."""
+    found = {getattr(config, name, None) for name in _PLACEHOLDERS}
+    return tuple(sorted(token for token in found if token is not None))
 
 
 def find_attention(layer: torch.nn.Module) -> Any:

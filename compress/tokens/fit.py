@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import BadInput
-from compress.tokens.families import PLACEHOLDERS, TEXT, VISUAL
+from compress.tokens.families import TEXT, VISUAL, visual_ids
 from compress.tokens.policy import TokenPolicy
 
 if TYPE_CHECKING:
@@ -36,12 +36,6 @@ def check_family(config: Any, policy: TokenPolicy) -> None:
             got=f"layer {policy.layer}",
             expected=f"1 to {layers - 1}",
         )
-
-
-def visual_ids(config: Any) -> list[int]:
-    """The ids that stand for parts of images and videos; none where the model knows neither."""
-    found = {getattr(config, name, None) for name in PLACEHOLDERS}
-    return sorted(token for token in found if token is not None)
 
 
 def count_tokens(config: Any, ids: torch.Tensor, policy: TokenPolicy) -> tuple[int, int]:

@@ -215,7 +215,15 @@ def test_a_search_meets_the_budget_and_may_leave_units_out(
     assert {(kind, int(i)) for i, entry in stated.items() for kind in entry["skip"]} == gone
 
 
-def test_what_a_search_leaves_out_is_coded_to_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+def test_what_a_search_leaves_out_is_coded_to_nothing(
+    make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of attention that adds next to nothing, which takes its share of the bits all the same."""
+    source = make_llama(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    for index in (2, 3, 4):
+        model.model.layers[index].self_attn.o_proj.weight.data.mul_(1e-4)
+    model.save_pretrained(source)
     weights = {"method": "ecsq", "bits_per_weight": 2.2}
     search = {"generations": 1, "offspring": 6, "survivors": [1], "tokens": [64]}
     recipe = recipes.parse(
@@ -225,13 +233,15 @@ def test_what_a_search_leaves_out_is_coded_to_nothing(tiny_llama: Path, tmp_path
             "stages": [{"quantize": {"weights": weights, "search": search}}, "encode_weights"],
         }
     )
-    pipeline.run(recipe, tiny_llama, tmp_path / "out")
+    pipeline.run(recipe, source, tmp_path / "out")
     coded = room.open(tmp_path / "out")
     infos = coded.tensor_infos()
-    for kind, index in coded.manifest["stages"][0]["metrics"]["search"]["dropped"]:
+    dropped = coded.manifest["stages"][0]["metrics"]["search"]["dropped"]
+    assert dropped
+    for kind, index in dropped:
         part = "self_attn.q_proj" if kind == "attention" else "mlp.up_proj"
         assert infos[f"model.layers.{index}.{part}.weight_packed"].stored_nbytes < 200
-    assert compress.verify(tmp_path / "out", tiny_llama).ok
+    assert compress.verify(tmp_path / "out", source).ok
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model(torch.arange(20)[None]).logits.isfinite().all()
 
