@@ -268,12 +268,15 @@ def decompress(
 
 
 @cli.command()
+@click.option("--gpu", is_flag=True, help="Also compile the CUDA kernels and test them.")
 @options()
-def doctor(as_json: bool) -> None:
+def doctor(gpu: bool, as_json: bool) -> None:
     """Say what this installation has and lacks; exit with 3 if something needed is missing."""
     from compress.evaluate.doctor import diagnose
 
-    console, findings = Console(as_json), diagnose()
+    console = Console(as_json)
+    with progress() as bars:
+        findings = diagnose(gpu, bars)
     marks = {True: "ok", False: "MISSING", None: "absent"}
     width = max(len(finding.name) for finding in findings)
     for finding in findings:

@@ -14,7 +14,7 @@
 #include <cstdint>
 
 enum : int {
-  EP_ABI = 1,
+  EP_ABI = 2,
   EP_MAX_CODE_BITS = 12,
   EP_STREAMS = 8,
   EP_BLOCK_LOG2 = 16,
@@ -37,6 +37,7 @@ enum EpError : int {
   EP_SELF_CHECK = -9,   // the encoder could not decode its own output: memory or processor fault
   EP_NO_MEMORY = -10,
   EP_BAD_ARGUMENT = -11,
+  EP_BAD_TILE = -12,  // the index, lane lengths, streams or escapes of a tile of packed weights contradict each other
 };
 
 extern "C" {
@@ -58,4 +59,34 @@ int64_t ep_predict(const void* src, uint64_t words, int width, int rotate, int t
 // Decodes exactly `size` bytes of segments at `src` into words*width bytes at `dst`. Returns 0.
 int64_t ep_decode(const void* src, uint64_t size, uint64_t words, int width, int rotate, int block_log2, void* dst,
                   int threads, int64_t where[2]);
+
+// Decodes one unit of a DFloat11 checkpoint into `words` bf16 at `dst` (df11.h). `codes` is followed by EP_TAIL readable
+// bytes; the caller has checked `table`, that `positions` never decrease and end at `words`, and the sizes of all.
+int64_t ep_df11_decode(const uint16_t* table, const void* codes, uint64_t size, const void* sign_mantissa,
+                       const uint32_t* positions, const void* gaps, uint64_t words, void* dst, int threads,
+                       int64_t where[2]);
+
+// Packed weights (docs/PACKED.md): a matrix of rows x cols words, in `layout` 1 (fast) or 2 (dense). `code`: fast: the rank
+// of each high byte, uint8[256], 15 where it has none; dense: uint32[256], length << 16 | code, its first bit lowest.
+
+// Counts of the byte that is coded.
+int64_t ep_packed_histogram(const uint16_t* words, uint32_t rows, uint32_t cols, int layout, int64_t counts[256],
+                            int threads);
+
+// The index, int64[tiles + 1], and, if dense, the lane lengths, uint8[32 * tiles].
+int64_t ep_packed_measure(const uint16_t* words, uint32_t rows, uint32_t cols, int layout, const void* code,
+                          int64_t* index, uint8_t* lengths, int threads);
+
+// Fills low plane, codes and escapes of a blob of zeros in which index and lane lengths already stand.
+int64_t ep_packed_write(const uint16_t* words, uint32_t rows, uint32_t cols, int layout, const void* code, void* blob,
+                        int threads);
+
+// Decodes `n` rows from `first`, a multiple of 32, on. Of the `size` bytes only what decoding needs is checked; where[0] is
+// the damaged tile.
+int64_t ep_packed_unpack(const void* blob, uint64_t size, uint32_t rows, uint32_t cols, int layout, uint32_t first,
+                         uint32_t n, uint16_t* out, int threads, int64_t where[2]);
+
+// Decodes all lanes and compares all escapes with the ranks; table, padding and checksum are the caller's.
+int64_t ep_packed_check(const void* blob, uint64_t size, uint32_t rows, uint32_t cols, int layout, int threads,
+                        int64_t where[2]);
 }

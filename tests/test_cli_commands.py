@@ -143,7 +143,7 @@ def test_v_shows_where_an_error_arose(run: Cli, here: Path) -> None:
 def test_a_bug_is_told_from_bad_input(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from compress.evaluate import doctor
 
-    monkeypatch.setattr(doctor, "diagnose", lambda: 1 / 0)
+    monkeypatch.setattr(doctor, "diagnose", lambda *_: 1 / 0)
     result = run("doctor")
     assert result.exit_code == 70
     assert result.stderr.startswith("internal error: ZeroDivisionError: division by zero; run")

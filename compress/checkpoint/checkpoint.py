@@ -62,6 +62,10 @@ def open(model: Path | str | Source) -> Checkpoint:
     headers = {file: read_header(model.path / file) for file in files}
     check_index(model.path, headers, weight_map)
     check_coding(model.path, headers, config)
+    if layout.DF11 in config:
+        from compress.checkpoint.df11 import DF11Checkpoint  # which is a Checkpoint itself
+
+        return DF11Checkpoint(model, config, headers)
     return Checkpoint(model, config, headers)
 
 

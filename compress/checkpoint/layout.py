@@ -17,6 +17,7 @@ INDEX = "model.safetensors.index.json"
 CARD = "README.md"
 REPORT = "report.html"
 REPORT_FOLDER = "report"
+DF11 = "dfloat11_config"  # the config's key for weights coded by DFloat11
 TOKENS = "entropress_tokens"  # the config's key for which tokens a prompt may lose
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.safetensors")
@@ -34,19 +35,24 @@ def find_shards(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     """The shards' file names in order and, where there is an index, the file of each tensor.
 
     Looks where transformers looks: one ``model.safetensors``, else an index, else a single file or
-    a complete set ``*-00001-of-0000N.safetensors``. Raises `BadInput` for a directory that holds
-    no such model, `Corrupt` for a set with a file missing or an index that cannot be.
+    a complete set ``*-00001-of-0000N.safetensors``; of a DFloat11 model, all ``*.safetensors``, as
+    its loader does. Raises `BadInput` for a directory that holds no such model, `Corrupt` for a set
+    with a file missing or an index that cannot be.
     """
     if not directory.is_dir():
         wrong = "not a directory" if directory.exists() else "no such directory"
         raise BadInput(wrong, where=directory, mend="pass the directory that holds config.json")
-    if (directory / SINGLE).is_file():
-        files, weight_map = [SINGLE], None
+    every = sorted(path.name for path in directory.glob("*.safetensors") if path.is_file())
+    weight_map = None
+    if every and (directory / CONFIG).is_file() and DF11 in load_object(directory / CONFIG):
+        files = every
+    elif SINGLE in every:
+        files = [SINGLE]
     elif (directory / INDEX).is_file():
         weight_map = _read_index(directory / INDEX)
         files = sorted(set(weight_map.values()))
     else:
-        files, weight_map = _unindexed(directory), None
+        files = _unindexed(directory, every)
     if not (directory / CONFIG).is_file():
         raise BadInput(f"no {CONFIG}", where=directory, mend="pass a complete model directory")
     for file in (CONFIG, *files):
@@ -127,8 +133,8 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _unindexed(directory: Path) -> list[str]:
-    files = sorted(path.name for path in directory.glob("*.safetensors") if path.is_file())
+def _unindexed(directory: Path, files: list[str]) -> list[str]:
+    """The shards of a directory without index among its ``files``, all ``*.safetensors``."""
     parts = [match for file in files if (match := _PART.fullmatch(file))]
     if parts:
         stem, count = parts[0]["stem"], int(parts[0]["parts"])

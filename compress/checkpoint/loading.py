@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.consistency import coding
-from compress.checkpoint.layout import TOKENS
+from compress.checkpoint.layout import DF11, TOKENS
 from compress.errors import BadInput, Corrupt
 
 if TYPE_CHECKING:
@@ -55,18 +56,25 @@ def torch_layout(
     return getattr(torch, _TORCH_NAMES[dtype]), shape
 
 
-def load_model(directory: Path, config: dict[str, Any], dtype: Any, device: Any) -> Any:
+def load_model(
+    directory: Path,
+    config: dict[str, Any],
+    dtype: Any,
+    device: Any,
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> Any:
     """The model that ``config['architectures']`` names, else the base model, in eval mode.
 
     Whole: what the config names as skipped is computed, as every other reader does it
     (`compress.hf.skip_sublayers` takes it out), and no tokens are pruned (`compress.tokens`).
     ``dtype``: a torch dtype or its name, or "auto" for the stored one. ``device``: a torch device,
-    or "auto" for all CUDA devices as accelerate fills them, or the CPU where there are none. Raises
-    `Corrupt` when weights are missing, left over or of a wrong shape (tied weights need not be
-    stored), `BadInput` when transformers does not know the architecture.
+    or "auto" for all CUDA devices as accelerate fills them, or the CPU where there are none.
+    ``tensors``: the weights by name, in place of what the directory's files hold. Raises `Corrupt`
+    when weights are missing, left over or of a wrong shape (tied weights need not be stored),
+    `BadInput` when transformers does not know the architecture.
     """
     import torch
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
     spread = device == "auto" and torch.cuda.is_available()
     try:
@@ -75,9 +83,11 @@ def load_model(directory: Path, config: dict[str, Any], dtype: Any, device: Any)
             settings.quantization_config["skip"] = False
         # Loaders of coded checkpoints would follow it.
         policy = settings.__dict__.pop(TOKENS, None)
-        model, info = _model_class(config).from_pretrained(
-            directory,
+        settings.__dict__.pop(DF11, None)
+        model, info = model_class(config).from_pretrained(
+            directory if tensors is None else None,
             config=settings,
+            state_dict=tensors,
             dtype=dtype,
             local_files_only=True,
             output_loading_info=True,
@@ -86,6 +96,9 @@ def load_model(directory: Path, config: dict[str, Any], dtype: Any, device: Any)
         )
         if policy is not None:
             setattr(model.config, TOKENS, policy)
+        if tensors is not None and model.can_generate():  # the loader was not told where to look
+            with suppress(OSError):
+                model.generation_config = GenerationConfig.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise BadInput(f"transformers cannot load it: {error}", where=directory) from error
     for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -121,7 +134,7 @@ def load_tokenizer(directory: Path) -> Any:
         raise BadInput(f"no tokenizer: {error}", where=directory) from error
 
 
-def _model_class(config: dict[str, Any]) -> Any:
+def model_class(config: dict[str, Any]) -> Any:
     """The class by its name, so that heads are neither missing nor left over."""
     import transformers
 

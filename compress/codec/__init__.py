@@ -6,6 +6,7 @@ The work is done by a backend: the native library where it can be had, numpy oth
 
 from __future__ import annotations
 
+from compress.codec import df11, packed
 from compress.codec.api import backend, decode, decode_stream, encode, predict, read_header
 from compress.codec.format import HEADER_MAX, MIN_READER, Header, dtype_bits
 from compress.codec.format import VERSION as FORMAT_VERSION
@@ -20,8 +21,10 @@ __all__ = [
     "code_lengths",
     "decode",
     "decode_stream",
+    "df11",
     "dtype_bits",
     "encode",
+    "packed",
     "predict",
     "read_header",
 ]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 NAME = "native"
-ABI = 1
+ABI = 2
 LIBRARY = "libentropress.so"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fvisibility=default")
 
@@ -111,6 +111,14 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     lib.ep_encode.argtypes = [void, u64, *integers, void, u64, ctypes.c_int, void]
     lib.ep_predict.argtypes = [void, u64, *integers, ctypes.c_int, void]
     lib.ep_decode.argtypes = [void, u64, u64, *integers, ctypes.c_int, void, ctypes.c_int, void]
+    matrix = [ctypes.c_uint32, ctypes.c_uint32, ctypes.c_int]  # rows, columns, layout
+    lib.ep_packed_histogram.argtypes = [void, *matrix, void, ctypes.c_int]
+    lib.ep_packed_measure.argtypes = [void, *matrix, void, void, void, ctypes.c_int]
+    lib.ep_packed_write.argtypes = [void, *matrix, void, void, ctypes.c_int]
+    lib.ep_packed_unpack.argtypes = [void, u64, *matrix, *matrix[:2], void, ctypes.c_int, void]
+    lib.ep_packed_check.argtypes = [void, u64, *matrix, ctypes.c_int, void]
+    for name in ("histogram", "measure", "write", "unpack", "check"):
+        getattr(lib, f"ep_packed_{name}").restype = i64
     return lib, ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from compress.evaluate.bootstrap import FEWEST, Interval, Verdict, bootstrap_interval
 from compress.evaluate.divergence import Divergence, divergence
 from compress.evaluate.doctor import Finding, diagnose
+from compress.evaluate.doctor_gpu import driver_version
 from compress.evaluate.documents import (
     Documents,
     check_causal,
@@ -53,6 +54,7 @@ __all__ = [
     "diagnose",
     "divergence",
     "documents_needed",
+    "driver_version",
     "inspect",
     "kind",
     "load_processor",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
 from compress import __version__, codec
 from compress.paths import cache_dir
+from compress.progress import SILENT, Progress
 
 _NEEDED = (
     *("torch", "transformers", "safetensors", "numpy", "pydantic", "click", "PyYAML", "rich"),
@@ -32,8 +33,8 @@ class Finding:
     mend: str | None = None
 
 
-def diagnose() -> list[Finding]:
-    """Everything `entropress doctor` shows, in order."""
+def diagnose(gpu: bool = False, progress: Progress = SILENT) -> list[Finding]:
+    """Everything `entropress doctor` shows, in order; with ``gpu`` of the CUDA kernels too."""
     return [
         Finding("entropress", True, __version__),
         Finding("python", True, f"{platform.python_version()} on {platform.platform()}"),
@@ -41,6 +42,7 @@ def diagnose() -> list[Finding]:
         _codec(),
         _autoload(),
         _cache(),
+        *(_gpu(progress) if gpu else ()),
     ]
 
 
@@ -92,6 +94,12 @@ def _autoload() -> Finding:
         "not installed: import compress.hf before from_pretrained",
         "pip install entropress",
     )
+
+
+def _gpu(progress: Progress) -> Iterable[Finding]:
+    from compress.evaluate.doctor_gpu import diagnose_gpu
+
+    return diagnose_gpu(progress)
 
 
 def _cache() -> Finding:

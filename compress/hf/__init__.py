@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compress._autoload import install
+from compress.hf import packed
 from compress.hf.quantized import COMPRESSED_TENSORS, count_weights
 
 if TYPE_CHECKING:
+    from compress.hf.config import EntropressConfig
     from compress.hf.skipping import skip_if_possible, skip_sublayers, skipped_parts
 
 __all__ = [
     "COMPRESSED_TENSORS",
+    "EntropressConfig",
     "count_weights",
+    "packed",
     "skip_if_possible",
     "skip_sublayers",
     "skipped_parts",
@@ -25,6 +29,6 @@ def __getattr__(name: str) -> Any:
     """On first use, for they import torch and transformers."""
     if name not in __all__:
         raise AttributeError(f"module 'compress.hf' has no attribute '{name}'")
-    from compress.hf import skipping
+    from compress.hf import config, skipping
 
-    return getattr(skipping, name)
+    return getattr(config if name == "EntropressConfig" else skipping, name)

@@ -1,5 +1,7 @@
 """Decode at load: ``from_pretrained`` of an entropress checkpoint gives an ordinary dense model.
 
+Or, where the user asks for it, one whose weights stay packed in memory (`compress.hf.packed`).
+
 transformers' loader takes a state dict in place of checkpoint files. The quantizer hands it one
 whose tensors are decoded when their values are asked for, so renaming, merging of experts, casting
 and placement, written for dense checkpoints, apply as they are. So does what loads checkpoints of
@@ -9,72 +11,25 @@ compressed-tensors, where it was one of those that was coded. Importing this mod
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from transformers.quantizers import auto
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
-from transformers.utils.quantization_config import (
-    CompressedTensorsConfig,
-    QuantizationConfigMixin,
-    QuantizationMethod,
-)
+from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationMethod
 
 from compress import checkpoint
 from compress.checkpoint import QUANT_METHOD, Checkpoint
 from compress.errors import BadInput, Corrupt
-from compress.hf.quantized import COMPRESSED_TENSORS
+from compress.hf.config import CODED_QUANTIZED, PLAIN, EntropressConfig
 
-_CODED_QUANTIZED = f"{QUANT_METHOD}/{COMPRESSED_TENSORS}"
-_PLAIN = "decompress it first (`entropress decompress IN OUT`)"
-
-
-@register_quantization_config(QUANT_METHOD)
-class EntropressConfig(QuantizationConfigMixin):
-    """``quantization_config`` of an entropress checkpoint; its members are in docs/FORMAT.md.
-
-    They are checked against the shards by `compress.checkpoint.open`, not here. ``skip`` is for
-    `from_pretrained`: whether the model is loaded without what its config names as skipped
-    (`compress.hf.skip_sublayers`); ``quantization_config=EntropressConfig(skip=False)`` loads it
-    whole. ``tokens`` likewise: whether prompts lose the tokens that its config says they may
-    (`compress.tokens.attach_stored`).
-    """
-
-    dequantize = True  # makes transformers drop every trace of quantization from the loaded model
-
-    def __init__(self, skip: bool = True, tokens: bool = True, **members: Any) -> None:
-        self.__dict__.update(members, skip=skip, tokens=tokens, quant_method=QUANT_METHOD)
-
-    @classmethod
-    def from_dict(
-        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
-        """As transformers asks; of a model quantized before it was coded, that config of its own.
-
-        So the same may be passed to `from_pretrained` as for the checkpoint before it was coded.
-        """
-        quantized = config_dict.get("quantization_config")
-        if quantized is None:
-            return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
-        if quantized.get("quant_method") != COMPRESSED_TENSORS:
-            raise BadInput("cannot be loaded coded", got=quantized.get("quant_method"), mend=_PLAIN)
-        config = CompressedTensorsConfig.from_dict(quantized, return_unused_kwargs, **kwargs)
-        # By its method transformers finds the quantizer, which puts things right.
-        made = config[0] if return_unused_kwargs else config
-        made.quant_method = _CODED_QUANTIZED
-        made.stored_dtype = config_dict.get("dtype")
-        return config
-
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """What `from_pretrained` may be given beside what the checkpoint says."""
-        return {"skip": self.skip, "tokens": self.tokens}
-
-
-# Of other classes transformers ignores the given config.
-auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (EntropressConfig,)
+if TYPE_CHECKING:
+    from compress.hf.packed.loading import Packer
 
 
 class _DecodingQuantizer(HfQuantizer):
@@ -85,6 +40,7 @@ class _DecodingQuantizer(HfQuantizer):
     """
 
     stored_dtype: str | None = None
+    files: MutableMapping[torch.Tensor, CodedTensor] | None = None
     _checkpoint: Checkpoint | None = None
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -107,41 +63,118 @@ class _DecodingQuantizer(HfQuantizer):
             self._checkpoint = _checked(checkpoint_files)
         return super()._process_model_before_weight_loading(model, **kwargs)
 
-    def state_dict(self) -> dict[str, _CodedTensor] | None:
+    def state_dict(self) -> dict[str, CodedTensor] | None:
         """All tensors, undecoded, to the first caller; None to later ones, who load adapters."""
         coded, self._checkpoint = self._checkpoint, None
         if coded is None:
             return None
-        return {name: _CodedTensor(coded, name) for name in coded.tensor_infos()}
+        return {name: CodedTensor(coded, name, self.files) for name in coded.tensor_infos()}
+
+    @contextmanager
+    def loading(self, model: Any, device_map: dict[str, Any] | None) -> Iterator[None]:
+        """Around transformers' loader."""
+        yield
 
 
 @register_quantizer(QUANT_METHOD)
 class EntropressQuantizer(_DecodingQuantizer):
-    """Gives the ordinary dense model, without what its config names as skipped."""
+    """Gives the ordinary dense model, without what its config names as skipped, or a packed one."""
+
+    is_compileable = True
+    _dtype: torch.dtype  # known when `update_dtype` has run
+    _packer: Packer | None = None
+    _conversions: list[Any] | None = None
 
     def __init__(self, quantization_config: EntropressConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.stored_dtype = getattr(quantization_config, "dtype", None)
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized:
             raise BadInput(
                 "an EntropressConfig does not code a dense model",
                 mend="run `entropress compress --recipe lossless.yaml` on its checkpoint",
             )
+        if self.quantization_config.packed and isinstance(device_map, dict):
+            from compress.hf.packed.loading import check_devices
+
+            check_devices(device_map, self.quantization_config.packed)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self._dtype = super().update_dtype(dtype)
+        if self.quantization_config.packed:
+            from compress.hf.packed.loading import check_dtype
+
+            check_dtype(self._dtype)
+        return self._dtype
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> Any:
         """Cast as for a dense checkpoint, integers too."""
         return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        config = self.quantization_config
+        if config.packed:
+            from compress.hf.packed.loading import Packer
+
+            self._packer = Packer(model, self._dtype, config.packed, config.exact, config.skip)
+            self.files = self._packer.files
+        return super()._process_model_before_weight_loading(model, checkpoint_files, **kwargs)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return self._packer is not None and param_name in self._packer.waiting
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        if self._packer is None:
+            return param.element_size()
+        return self._packer.element_size(param_name, param)
+
+    def get_quantize_ops(self) -> Packer | None:
+        return self._packer
+
+    @contextmanager
+    def loading(self, model: Any, device_map: dict[str, Any] | None) -> Iterator[None]:
+        """Make transformers' loader run the packer, one tensor after the other."""
+        if self._packer is None:
+            yield
+            return
+        from compress.hf.packed.loading import check_ties
+
+        check_ties(model, device_map)
+        self.pre_quantized = False  # what is quantized on the way in is not, to the loader
+        try:
+            with self._packer.stopping():
+                yield
+        finally:
+            self.pre_quantized = True
+        self._packer.share_equal(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # Not above: transformers is still being imported when this module is.
         from compress.hf.skipping import skip_if_possible
         from compress.tokens import attach_if_stored
 
+        if self._packer is not None:
+            self._packer.install(model)
+            self._packer = self.files = None
         if self.quantization_config.skip:
             skip_if_possible(model)
         return attach_if_stored(model) if self.quantization_config.tokens else model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
+        """What `save_pretrained` writes: of adapters what it would, of the model coded tensors."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        from compress.hf.packed.saving import coded_state_dict
+
+        if self._conversions is None:
+            # They are reverted here, and by `save_pretrained` no more.
+            self._conversions, model._weight_conversions = model._weight_conversions, []
+        state, members = coded_state_dict(model, self._conversions)
+        vars(model.config.quantization_config).update(members)
+        return state, {QUANT_METHOD: str(members["format_version"])}
 
     def is_serializable(self) -> bool:
         return True
@@ -151,7 +184,7 @@ class EntropressQuantizer(_DecodingQuantizer):
         return True
 
 
-@register_quantizer(_CODED_QUANTIZED)
+@register_quantizer(CODED_QUANTIZED)
 class CodedCompressedTensorsQuantizer(_DecodingQuantizer, CompressedTensorsHfQuantizer):
     """Gives the model that transformers makes of the compressed-tensors checkpoint that was coded.
 
@@ -170,19 +203,36 @@ class CodedCompressedTensorsQuantizer(_DecodingQuantizer, CompressedTensorsHfQua
         return attach_if_stored(model if done is None else done)
 
 
-class _CodedTensor:
-    """A tensor that is read and decoded when indexed, as the slices of safetensors are read."""
+class CodedTensor:
+    """A tensor that is read and decoded when indexed, as the slices of safetensors are read.
 
-    def __init__(self, source: Checkpoint, name: str) -> None:
+    ``files``: where to put itself down by the tensor that it gives.
+    """
+
+    def __init__(self, source: Checkpoint, name: str, files: Any) -> None:
         self._source = source
         self._name = name
+        self._files = files
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._source.read(self._name)[index]
+        tensor = self._source.read(self._name)[index]
+        if self._files is not None and index is Ellipsis:
+            self._files[tensor] = self
+        return tensor
 
     def get_dtype(self) -> str:
         """As safetensors spells it."""
         return self._source.tensor_infos()[self._name].dtype
+
+    @property
+    def stored_nbytes(self) -> int:
+        return self._source.tensor_infos()[self._name].stored_nbytes
+
+    def stored(self) -> torch.Tensor:
+        """Its bytes as they are in the file, 1-D uint8."""
+        file, offset, nbytes = self._source.stored(self._name)
+        data = np.fromfile(self._source.path / file, np.uint8, nbytes, offset=offset)
+        return torch.from_numpy(data)
 
 
 def _checked(checkpoint_files: list[str]) -> Checkpoint:
@@ -222,9 +272,10 @@ def _decode_for_loader() -> None:
                 raise BadInput(
                     "cannot be loaded in tensor-parallel shards",
                     where=load_config.pretrained_model_name_or_path,
-                    mend=_PLAIN,
+                    mend=PLAIN,
                 )
-            state_dict, checkpoint_files = decoded, None
+            with quantizer.loading(model, load_config.device_map):
+                return load(model, decoded, None, load_config, *args, **kw)
         return load(model, state_dict, checkpoint_files, load_config, *args, **kw)
 
     PreTrainedModel._load_pretrained_model = staticmethod(load_decoded)

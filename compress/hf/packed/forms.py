@@ -1,0 +1,178 @@
+"""Packed weights as tensors: a 1-D uint8 tensor, and the numbers that the host knows of it.
+
+The numbers ("ints") are ``[form, dtype, rows, cols, nbytes, …]``, for a layout of docs/PACKED.md
+those of `compress.codec.packed.Layout.ints`; kernels are launched from them, so that a GPU's memory
+is never read for a header. Tensors of more dimensions than two are matrices of all but their last.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+import torch
+
+from compress.codec import HEADER_MAX, Header, decode, encode, packed, read_header
+from compress.errors import BadInput, Corrupt, did_you_mean
+
+FORMS = ("stored", *packed.LAYOUTS)
+STORED = 0
+TILE_ROWS = 32
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+_MAGIC = b"EPTR"
+_SEGMENT = struct.Struct("<IIQ")  # docs/FORMAT.md: blocks, bytes before the payload, payload
+
+
+def form_of(ints: list[int]) -> str:
+    """``stored``, ``fast`` or ``dense``."""
+    return FORMS[ints[0]]
+
+
+def dtype_of(ints: list[int]) -> torch.dtype:
+    """The dtype of the weights."""
+    return _DTYPES[packed.DTYPES[ints[1] - 1]]
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether kernels, and not the codec, work on ``tensor``."""
+    return tensor.is_cuda
+
+
+def form_for(device: torch.device) -> str:
+    """The form that suits a device: ``stored`` on the CPU, on a GPU as `choose` of the codec says.
+
+    ``fast`` where the driver does not tell how fast the memory is.
+    """
+    if device.type != "cuda":
+        return "stored"
+    gpu = torch.cuda.get_device_properties(device)
+    # kHz, bits, and two transfers a clock.
+    bandwidth = 2 * getattr(gpu, "memory_clock_rate", 0) * getattr(gpu, "memory_bus_width", 0) / 8e6
+    if not bandwidth:
+        return "fast"
+    return packed.choose(bandwidth, gpu.clock_rate / 1e3, gpu.multi_processor_count)
+
+
+def pack(
+    tensor: torch.Tensor, form: str, name: str = "", *, smaller: bool = True
+) -> tuple[torch.Tensor, list[int]] | None:
+    """The packed weight and its ints; None where ``tensor`` cannot be packed or would not shrink.
+
+    ``tensor``: (..., cols), of bf16 or fp16 to be packed, on the CPU or a GPU, where the result is
+    too; ``name``: under which its coded bytes could be stored; ``smaller=False``: even if it grows.
+    Raises `BadInput` for an unknown form and for ``stored`` on a GPU.
+    """
+    if form not in FORMS:
+        raise BadInput(f"unknown form '{form}' of packed weights", mend=did_you_mean(form, FORMS))
+    kind = next((kind for kind, dtype in _DTYPES.items() if dtype == tensor.dtype), None)
+    if kind is None or tensor.dim() < 2 or not tensor.numel():
+        return None
+    matrix = tensor.detach().reshape(-1, tensor.shape[-1]).contiguous()
+    if form == "stored":
+        if on_gpu(tensor):
+            raise BadInput("'stored' is for weights on the CPU", mend="use 'fast' or 'dense'")
+        values = matrix.view(torch.uint8).flatten().numpy()
+        coded = bytearray().join(encode(name, kind, tensor.shape, [values]))
+        blob = torch.frombuffer(coded, dtype=torch.uint8)
+        ints = [STORED, packed.DTYPES.index(kind) + 1, *matrix.shape, blob.numel()]
+    elif on_gpu(tensor):
+        blob, layout = packed.cuda.pack(matrix, form, name or None)
+        ints = layout.ints()
+    else:
+        blob = torch.from_numpy(
+            packed.pack(matrix.view(torch.uint16).numpy(), kind, form, where=name or None)
+        )
+        ints = packed.parse(blob[: packed.HEADER].numpy().data).ints()
+    return None if smaller and blob.numel() >= tensor.nbytes else (blob, ints)
+
+
+def from_stored(
+    blob: torch.Tensor, where: str | None = None
+) -> tuple[torch.Tensor, list[int]] | None:
+    """A coded tensor of docs/FORMAT.md as a packed weight, and its ints.
+
+    Only its header is looked at, for bytes that have been decoded before; ``where``: the tensor's
+    name. None where it is no matrix of 16-bit floats or no smaller than one. Raises `Corrupt`,
+    `BadInput`.
+    """
+    header = read_header(blob[:HEADER_MAX].numpy().data, where)
+    ints = _stored_ints(header, blob.numel())
+    return None if ints is None or blob.numel() >= header.nbytes else (blob, ints)
+
+
+def check(blob: torch.Tensor, where: str | None = None) -> list[int]:
+    """The ints of a packed weight of any form, all bytes of which have been proven sound.
+
+    Raises `Corrupt`, or `BadInput` for what only a newer release can read and for a coded tensor
+    that is no matrix of 16-bit floats.
+    """
+    if blob.dtype != torch.uint8 or blob.dim() != 1:
+        got = f"{str(blob.dtype).removeprefix('torch.')} {tuple(blob.shape)}"
+        raise Corrupt("is no packed weight", where=where, got=got, expected="uint8 (n,)")
+    data = blob.detach().cpu().contiguous().numpy()
+    if data[:4].tobytes() != _MAGIC:
+        return packed.check(data, where).ints()
+    try:
+        decode(data)
+    except Corrupt as error:
+        raise Corrupt(str(error), where=where) from error
+    if (ints := _stored_ints(read_header(data[:HEADER_MAX].data), blob.numel())) is None:
+        raise BadInput("cannot stay packed", where=where, expected="a matrix of bf16 or fp16")
+    return ints
+
+
+def rows_of(
+    blob: torch.Tensor, ints: list[int], first_row: int = 0, rows: int | None = None
+) -> torch.Tensor:
+    """Rows of the weight as they were before packing, (rows, cols); all that follow if None.
+
+    The bytes must have been checked. Of a weight on a GPU or in a layout for one whole tiles of 32
+    rows are decoded, of a stored one segments of 2^20 words.
+    """
+    rows = ints[2] - first_row if rows is None else rows
+    if ints[0] == STORED:
+        return _stored_rows(blob, ints, first_row, rows)
+    before = first_row % TILE_ROWS
+    first_row -= before
+    if on_gpu(blob):
+        layout = packed.Layout.from_ints(ints)
+        return packed.cuda.unpack(blob, layout, first_row, before + rows)[before:]
+    words = packed.unpack(blob.numpy(), slice(first_row, first_row + before + rows))
+    return torch.from_numpy(words[before:]).view(dtype_of(ints))
+
+
+def _stored_ints(header: Header, nbytes: int) -> list[int] | None:
+    if header.dtype not in packed.DTYPES or len(header.shape) < 2 or not header.words:
+        return None
+    *rows, cols = header.shape
+    return [STORED, packed.DTYPES.index(header.dtype) + 1, prod(rows), cols, nbytes]
+
+
+def _stored_rows(blob: torch.Tensor, ints: list[int], first_row: int, rows: int) -> torch.Tensor:
+    cols = ints[3]
+    data = blob.numpy()
+    header = read_header(data[:HEADER_MAX].data)
+    begin, end = first_row * cols, (first_row + rows) * cols
+    skipped = 0
+    if end - begin < header.words:
+        data, skipped = _only(data, header, begin, end)
+    words = torch.from_numpy(decode(data)).view(dtype_of(ints))
+    return words[begin - skipped : end - skipped].view(rows, cols)
+
+
+def _only(data: np.ndarray, header: Header, begin: int, end: int) -> tuple[np.ndarray, int]:
+    """A coded tensor of the segments that hold words ``begin`` to ``end``, and the words before."""
+    at, word = header.size, 0
+    start, skipped = at, 0
+    while word < end:
+        blocks, meta, payload = _SEGMENT.unpack_from(data, at)
+        words = min(blocks << header.block_log2, header.words - word)
+        at, word = at + meta + payload, word + words
+        if word <= begin:
+            start, skipped = at, word
+    part = replace(header, shape=(word - skipped,), words=word - skipped)
+    tail = part.tail(part.size + at - start)
+    pieces = [np.frombuffer(part.pack(), np.uint8), data[start:at], np.frombuffer(tail, np.uint8)]
+    return np.concatenate(pieces), skipped

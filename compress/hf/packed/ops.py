@@ -1,0 +1,138 @@
+"""What is computed with packed weights, as operators that `torch.compile` and autograd know.
+
+``entropress::unpack``, ``entropress::linear`` and ``entropress::embedding``; see `forms` for what a
+packed weight and its ints are. The weight is no parameter: gradients flow to the other factor and
+to the bias, and the backward pass decodes again instead of keeping what was decoded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from compress.codec import packed as codec
+from compress.hf.packed.forms import STORED, TILE_ROWS, dtype_of, on_gpu, rows_of
+
+_MOST_FUSED = 8  # rows of x: with more, decoding once and a library's product is faster
+_RUN = 1 << 20  # weights decoded at once for a lookup, as many as a stored segment holds
+
+
+def fuses(x: torch.Tensor, packed: torch.Tensor, layout: list[int]) -> bool:
+    """Whether the product with ``x`` (..., cols) can be taken from the packed bytes themselves."""
+    rows = x.numel() // layout[3]
+    return on_gpu(packed) and x.dtype == dtype_of(layout) and 1 <= rows <= _MOST_FUSED
+
+
+@torch.library.custom_op(
+    "entropress::unpack",
+    mutates_args=(),
+    schema="(Tensor packed, int[] layout, int first_row, int rows) -> Tensor",
+)
+def unpack(packed: torch.Tensor, layout: list[int], first_row: int, rows: int) -> torch.Tensor:
+    """The weight's rows from ``first_row``, (rows, cols)."""
+    found = rows_of(packed, layout, first_row, rows)
+    return found.clone() if found.storage_offset() else found  # fake tensors begin at 0
+
+
+@unpack.register_fake
+def _(packed: torch.Tensor, layout: list[int], first_row: int, rows: int) -> torch.Tensor:
+    return packed.new_empty((rows, layout[3]), dtype=dtype_of(layout))
+
+
+@torch.library.custom_op(
+    "entropress::linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor packed, int[] layout, Tensor? bias, int first_row, int rows, "
+    "bool fused) -> Tensor",
+)
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    layout: list[int],
+    bias: torch.Tensor | None,
+    first_row: int,
+    rows: int,
+    fused: bool,
+) -> torch.Tensor:
+    """``x Wᵀ + bias``, (..., rows), for ``x`` (..., cols) and the weight's rows from ``first_row``.
+
+    Bit for bit `torch.nn.functional.linear` with the dense rows, unless ``fused`` on a GPU with at
+    most 8 rows of ``x``: then sums are fp32 in another order and rounded once.
+    """
+    if not (fused and fuses(x, packed, layout)):
+        return functional.linear(x, rows_of(packed, layout, first_row, rows), bias)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    known = codec.Layout.from_ints(layout)
+    y: torch.Tensor = codec.cuda.linear(flat, packed, known, bias, first_row, rows)
+    return y.view(*x.shape[:-1], rows)
+
+
+@linear.register_fake
+def _(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    layout: list[int],
+    bias: torch.Tensor | None,
+    first_row: int,
+    rows: int,
+    fused: bool,
+) -> torch.Tensor:
+    weight = packed.new_empty((rows, layout[3]), dtype=dtype_of(layout))
+    return functional.linear(x, weight, bias)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, packed, ctx.layout, bias, ctx.first_row, ctx.rows, _ = inputs
+    ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+    ctx.save_for_backward(packed)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    to_x = to_bias = None
+    flat = grad.reshape(-1, grad.shape[-1])
+    if ctx.needs_input_grad[0]:
+        weight = unpack(*ctx.saved_tensors, ctx.layout, ctx.first_row, ctx.rows)
+        product = flat.to(weight.dtype) @ weight
+        to_x = product.view(*grad.shape[:-1], -1).to(ctx.dtypes[0])
+    if ctx.needs_input_grad[3]:
+        to_bias = flat.sum(0).to(ctx.dtypes[1])
+    return to_x, None, None, to_bias, None, None, None
+
+
+linear.register_autograd(_backward, setup_context=_remember)
+
+
+@torch.library.custom_op(
+    "entropress::embedding",
+    mutates_args=(),
+    schema="(Tensor ids, Tensor packed, int[] layout) -> Tensor",
+)
+def embedding(ids: torch.Tensor, packed: torch.Tensor, layout: list[int]) -> torch.Tensor:
+    """The weight's rows ``ids`` (integers of any shape), (*ids.shape, cols).
+
+    An id that is no row raises `IndexError`, on a GPU a device-side assertion, as
+    `torch.nn.Embedding` does.
+    """
+    rows, cols = layout[2:4]
+    if on_gpu(packed):
+        known = codec.Layout.from_ints(layout)
+        found: torch.Tensor = codec.cuda.rows(ids.long(), packed, known)
+        return found
+    wanted = ids.flatten().long()
+    if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < rows:
+        raise IndexError("index out of range in self")
+    run = max(1, _RUN // cols) if layout[0] == STORED else TILE_ROWS
+    order = wanted.argsort()
+    used, counts = (wanted[order] // run).unique_consecutive(return_counts=True)
+    parts = [torch.empty((0, cols), dtype=dtype_of(layout))]
+    for k, here in zip(used.tolist(), wanted[order].split(counts.tolist()), strict=True):
+        decoded = rows_of(packed, layout, k * run, min(run, rows - k * run))
+        parts.append(decoded.index_select(0, here - k * run))
+    return torch.cat(parts).index_select(0, order.argsort()).view(*ids.shape, cols)
+
+
+@embedding.register_fake
+def _(ids: torch.Tensor, packed: torch.Tensor, layout: list[int]) -> torch.Tensor:
+    return packed.new_empty((*ids.shape, layout[3]), dtype=dtype_of(layout))
