@@ -4,9 +4,9 @@
 
 One markdown table. Inputs take turns so that none is found in the L2 cache; times are medians of
 CUDA events around replays of CUDA graphs, but for "eager" and nvCOMP. What is decoded is compared
-as integers first; the exit code is 1 if anything differs, and 3 where there is no GPU. DFloat11's
-kernel is measured where the package ``dfloat11`` is installed, nvCOMP where ``nvidia-nvcomp-cu12``
-or ``-cu13`` is.
+as integers first; the exit code is 1 if anything differs or fails, and 3 where there is no GPU.
+Rows are told on stderr as they come. DFloat11's kernel is measured where the package ``dfloat11``
+is installed, nvCOMP where ``nvidia-nvcomp-cu12`` or ``-cu13`` is.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def run(
         bench.give((end - time.monotonic()) * share / left)
         left -= share
         try:
+            release()
             if part == "copy":
                 bandwidth, row = copying(bench, sizes.copied)
                 yield row
@@ -72,7 +73,9 @@ def run(
                 yield from models(bench, sizes.model)
         except TimeIsUp:
             yield Row(part, "", "bf16", None, note="the time was up")
-        release()
+        except Exception as error:  # what has been measured is not to be lost
+            line = " ".join(f"FAILED: {type(error).__name__}: {error}".split())[:200]
+            yield Row(part, "", "bf16", None, note=line)
 
 
 def heading(device: torch.device) -> dict[str, str]:
@@ -104,11 +107,14 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     print(", ".join(f"{name} {value}" for name, value in told.items()) + "\n")
-    rows = list(run(Bench(device), 60 * options.minutes, Sizes(), parts))
+    rows = []
+    for row in run(Bench(device), 60 * options.minutes, Sizes(), parts):
+        print(f"{row.part}, {row.case}, {row.method}: {row}", file=sys.stderr, flush=True)
+        rows.append(row)
     print(table(rows))
     if options.json:
         options.json.write_text(json.dumps({**told, "rows": list(map(asdict, rows))}, indent=1))
-    sys.exit(int(any(row.note.startswith("WRONG") for row in rows)))
+    sys.exit(int(any(row.note.startswith(("WRONG", "FAILED")) for row in rows)))
 
 
 if __name__ == "__main__":

@@ -42,20 +42,20 @@ def products(
 ) -> Iterator[Row]:
     """Microseconds of a product, replayed from CUDA graphs, and how many times cuBLAS's speed.
 
-    For each model then the sum over a layer, at each batch.
+    For each model then the sum over a layer, at each batch, where all of it was measured.
     """
     for model, shapes in layers.items():
-        sums: dict[tuple[int, str], float] = {}
+        times: dict[tuple[int, str], list[float]] = {}
         for name, shape in shapes.items():
             try:
                 for batch, row in _shape(bench, f"{model} {name}", shape, batches):
                     yield row
                     if row.value is not None:
-                        key = batch, row.method
-                        sums[key] = sums.get(key, 0) + row.value
+                        times.setdefault((batch, row.method), []).append(row.value)
             except TimeIsUp:
                 yield Row("product", f"{model} {name}", "bf16", None, note="the time was up")
                 return
+        sums = {key: sum(found) for key, found in times.items() if len(found) == len(shapes)}
         for (batch, method), time in sums.items():
             yield _row(f"{model}, a layer", batch, method, time, sums[batch, "bf16"])
 

@@ -4,7 +4,9 @@ Two models: demo:smollm2-135m, and a Llama of the size asked for with random wei
 distributed as trained ones are, Gaussian with a scale for each row. Each way to load is a process
 of its own; "peak" is the most that was resident beyond what the imports took, "held" what is
 resident after the passes. A step is a pass of one token over a cache of 64, a prompt has 64 tokens;
-medians. The logits of both are compared with the dense model's, bit for bit.
+medians. All logits are compared with the dense model's, bit for bit. "Passive" is with
+OMP_WAIT_POLICY=passive: else torch's threads, waiting for its next product, take the processor from
+those that decode.
 """
 
 from __future__ import annotations
@@ -92,13 +94,13 @@ print(json.dumps({
 """
 
 
-def run(code: str, *arguments: object) -> str:
+def run(code: str, *arguments: object, **environment: str) -> str:
     """What a fresh interpreter prints for ``code``."""
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | quiet,
+        env=os.environ | quiet | environment,
         check=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -116,9 +118,11 @@ def compress(source: object, output: Path) -> None:
 def rows(name: str, coded: Path, options: argparse.Namespace) -> None:
     """Print what was measured of one model, dense first."""
     expected = None
-    for title, packed in (("dense", False), ("packed", "stored")):
+    passive = {"OMP_WAIT_POLICY": "passive"}
+    kinds = ("dense", False, {}), ("packed", "stored", {}), ("packed, passive", "stored", passive)
+    for title, packed, environment in kinds:
         given = json.dumps(packed), options.threads, options.steps
-        found: dict[str, Any] = json.loads(run(LOAD, coded, *given))
+        found: dict[str, Any] = json.loads(run(LOAD, coded, *given, **environment))
         expected = expected or found["logits"]
         cells = [name, title]
         cells += [f"{found[what] / 1e6:.0f}" for what in ("weights", "peak", "held")]

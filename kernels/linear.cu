@@ -109,20 +109,30 @@ using namespace ep::packed;
 
 // Rows 32 * first .. and n_rows of them. x: (batch, cols), y: (batch, n_rows), bias: (n_rows) or null.
 // Grid: n_rows / 32. Block: whole warps, at most 1024 threads, 512 where more than one row of x is allowed.
-#define EP_LINEAR(layout, Lane, dtype, Float, most)                                                                  \
+#define EP_LINEAR(layout, dtype, most)                                                                               \
   extern "C" __global__ void __launch_bounds__(32 * kMaxWarps<most>, 1) linear_##layout##_##dtype##_##most(          \
       EP_BLOB, unsigned first, unsigned n_rows, const unsigned short* __restrict__ x,                                \
       const unsigned short* __restrict__ bias, unsigned short* __restrict__ y, unsigned batch) {                     \
     const Weight w = EP_BLOB_GIVEN;                                                                                  \
-    linear<Lane, Float, most>(w, first, n_rows, x, bias, y, batch);                                                  \
+    linear<lane_##layout, float_##dtype, most>(w, first, n_rows, x, bias, y, batch);                                 \
   }
-#define EP_LINEARS(layout, Lane, dtype, Float) \
-  EP_LINEAR(layout, Lane, dtype, Float, 1)     \
-  EP_LINEAR(layout, Lane, dtype, Float, 2)     \
-  EP_LINEAR(layout, Lane, dtype, Float, 4)     \
-  EP_LINEAR(layout, Lane, dtype, Float, 8)
+#define EP_LINEARS(layout, dtype) \
+  EP_LINEAR(layout, dtype, 1)     \
+  EP_LINEAR(layout, dtype, 2)     \
+  EP_LINEAR(layout, dtype, 4)     \
+  EP_LINEAR(layout, dtype, 8)
 
-EP_LINEARS(fast, FastLane, bf16, Bf16)
-EP_LINEARS(fast, FastLane, fp16, Fp16)
-EP_LINEARS(dense, DenseLane, bf16, Bf16)
-EP_LINEARS(dense, DenseLane, fp16, Fp16)
+using lane_fast = FastLane;
+using lane_dense = DenseLane;
+using float_bf16 = Bf16;
+using float_fp16 = Fp16;
+
+// All take long to compile, so who loads kernels names the layout and dtype that he wants.
+#ifdef EP_LAYOUT
+EP_LINEARS(EP_LAYOUT, EP_DTYPE)
+#else
+EP_LINEARS(fast, bf16)
+EP_LINEARS(fast, fp16)
+EP_LINEARS(dense, bf16)
+EP_LINEARS(dense, fp16)
+#endif

@@ -1,4 +1,6 @@
-// Packed weights (docs/PACKED.md) on the CPU: what lanes.h does for one lane, done for all, by threads.
+// Packed weights (docs/PACKED.md) on the CPU: what lanes.h does for one lane, done for all, by threads. Where a lane's own
+// instructions are slow here (a byte permutation is one of the GPU's), loops for the CPU take their place; the tests hold
+// them against lanes.h, bit for bit.
 #pragma once
 #include <mutex>
 #include <vector>
@@ -11,6 +13,7 @@ namespace ep {
 namespace packed {
 
 constexpr u32 kLongest = kCols * kWindow / 8;  // bytes of a stream
+constexpr u32 kSide = 8;  // lanes decoded side by side: more rows would fall into the same set of a cache
 constexpr u64 kAlign = 16, kHeader = 128;
 
 inline u64 aligned(u64 size) { return (size + kAlign - 1) / kAlign * kAlign; }
@@ -77,13 +80,31 @@ inline void measure(const u16* words, const Plan& plan, const void* code, int64_
 // The ranks of up to 16 words, their low bytes, and, behind `escapes`, those that have no rank.
 inline void write_ranks(const u16* words, u32 n, const u8* rank, u32 row, u32 col, u8* low, u8* codes, u8*& escapes) {
   u64 ranks = 0;
-  for (u32 i = 0; i < n; i++) {
-    const u64 r = rank[words[i] >> 8];
-    ranks |= r << 4 * i;
-    low[i] = (u8)words[i];
-    if (r == kEscape) low[i] = 0, put(escapes, escape_of(row, col + i, words[i]));
-  }
+  for (u32 i = 0; i < n; i++) ranks |= (u64)rank[words[i] >> 8] << 4 * i;
   std::memcpy(codes, &ranks, 8);
+  for (u32 i = 0; i < n; i++) low[i] = (u8)words[i];
+  // A nibble of ones is the only one that 1 is carried out of.
+  if (!(((ranks & 0x7777777777777777) + 0x1111111111111111) & ranks & 0x8888888888888888)) return;
+  for (u32 i = 0; i < n; i++)
+    if ((ranks >> 4 * i & 15) == kEscape) low[i] = 0, put(escapes, escape_of(row, col + i, words[i]));
+}
+
+// dense_write, with stores of eight bytes that run past the end, which is returned.
+inline u8* write_codes(const u16* words, u32 n, const u32* code, u8* out) {
+  u64 have = 0;
+  u32 count = 0;
+  const auto append = [&](const u16* from, u32 some) {
+    for (u32 i = 0; i < some; i++) {
+      const u32 entry = code[rotate_left(from[i]) >> 8];
+      have |= (u64)(entry & 0xFFFF) << count;
+      count += entry >> 16;
+    }
+    std::memcpy(out, &have, 8);
+    out += count / 8, have >>= count & ~7u, count %= 8;
+  };
+  for (; n >= 4; n -= 4, words += 4) append(words, 4);
+  append(words, n);
+  return out + (count > 0);
 }
 
 // Fills low plane, codes and escapes of a blob of zeros in which index and lane lengths already stand.
@@ -92,26 +113,32 @@ inline void write(const u16* words, const Plan& plan, const void* code, u8* blob
     for (u32 k = 0; k < plan.col_tiles(); k++) {
       const u64 tile = t * plan.col_tiles() + k, begin = load<u32>(blob + plan.index + 4 * tile);
       const u32 n = plan.cols_in(k), rows = plan.rows_in((u32)t);
-      u8* stream = blob + plan.codes + begin * kAlign;
+      u8 streams[kRows * kLongest + 8], *end = streams;
       u8* escapes = blob + plan.escapes + begin * 4;
       for (u32 lane = 0; lane < rows; lane++) {
         const u16* from = words + (t * kRows + lane) * plan.cols + k * kCols;
         for (u32 c = 0; c < n; c += kGroup) {
           const u64 at = plan.group_at((u32)t, (k * kCols + c) / kGroup, lane);
-          const u32 some = std::min<u32>(kGroup, n - c);
           u8* low = blob + plan.low + at * kGroup;
-          if (plan.dense)
-            for (u32 i = 0; i < some; i++) low[i] = (u8)rotate_left(from[c + i]);
-          else
-            write_ranks(from + c, some, static_cast<const u8*>(code), lane, c, low, blob + plan.codes + at * 8, escapes);
+          const auto group = [&](u32 some) {
+            if (plan.dense)
+              for (u32 i = 0; i < some; i++) low[i] = (u8)rotate_left(from[c + i]);
+            else
+              write_ranks(from + c, some, static_cast<const u8*>(code), lane, c, low, blob + plan.codes + at * 8, escapes);
+          };
+          n - c < kGroup ? group(n - c) : group(kGroup);  // the compiler unrolls what has a constant length
         }
-        if (plan.dense) {
-          dense_write(from, n, static_cast<const u32*>(code), stream);
-          stream += blob[plan.lengths + tile * kRows + lane];
-        }
+        if (plan.dense) end = write_codes(from, n, static_cast<const u32*>(code), end);
       }
+      std::memcpy(blob + plan.codes + begin * kAlign, streams, plan.dense ? end - streams : 0);
     }
   });
+}
+
+// Four bytes, each in 16 bits.
+inline u64 spread(u32 bytes) {
+  const u64 two = (bytes | (u64)bytes << 16) & 0x0000FFFF0000FFFF;
+  return (two | two << 8) & 0x00FF00FF00FF00FF;
 }
 
 // Decodes tiles of a blob that nobody has checked: nothing outside of it is read, nothing but the tile written.
@@ -122,7 +149,9 @@ class Reader {
     if (plan.dense)
       std::memcpy(entries_, blob + plan.table, sizeof entries_);
     else
-      std::memcpy(ranked_, blob + plan.table, sizeof ranked_);
+      for (u32 two = 0; two < 256; two++)
+        pairs_[two] = (u16)(blob[plan.table + two % 16] | blob[plan.table + two / 16] << 8);
+    for (const u16 entry : entries_) sound_ &= (entry & 255) <= kWindow;
   }
 
   // The first `rows` rows of a tile to `out`, `stride` words apart. False if the tile is damaged.
@@ -153,21 +182,24 @@ class Reader {
   bool span(u32 t, u32 k, u64& begin, u64& end) const {
     const u8* at = blob_ + plan_.index + 4 * ((u64)t * plan_.col_tiles() + k);
     begin = load<u32>(at), end = load<u32>(at + 4);
-    return begin <= end && end <= room_ / (plan_.dense ? kAlign : 4);
+    return sound_ && begin <= end && end <= room_ / (plan_.dense ? kAlign : 4);
   }
 
   u32 escape(u64 i) const { return load<u32>(blob_ + plan_.escapes + 4 * i); }
 
-  u32 low(u64 group, u32 c) const { return load<u32>(blob_ + plan_.low + group * 16 + c % kGroup); }
-
   bool fast(u32 t, u32 k, u64 begin, u64 end, u32 rows, u16* out, u64 stride) const {
     const u32 n = plan_.cols_in(k);
     for (u32 lane = 0; lane < rows; lane++)
-      for (u32 c = 0; c < n; c += 4) {
+      for (u32 c = 0; c < n; c += kGroup) {
         const u64 at = plan_.group_at(t, (k * kCols + c) / kGroup, lane);
-        u32 word[2];
-        fast_words(load16(blob_ + plan_.codes + at * 8 + c % kGroup / 2), low(at, c), ranked_, word);
-        std::memcpy(out + lane * stride + c, word, 2 * std::min(4u, n - c));
+        const u8 *low = blob_ + plan_.low + at * kGroup, *codes = blob_ + plan_.codes + at * 8;
+        u16 word[kGroup];
+        for (u32 i = 0; i < kGroup; i += 4) {
+          const u32 high = pairs_[codes[i / 2]] | (u32)pairs_[codes[i / 2 + 1]] << 16;
+          const u64 four = spread(load<u32>(low + i)) | spread(high) << 8;
+          std::memcpy(word + i, &four, 8);
+        }
+        std::memcpy(out + lane * stride + c, word, 2 * std::min<u32>(kGroup, n - c));
       }
     for (u64 i = begin; i < end; i++) {
       const u32 e = escape(i), row = escape_row(e), col = escape_col(e);
@@ -186,42 +218,53 @@ class Reader {
       filled += length[lane];
     }
     if (size != aligned(filled)) return false;
-    u32 streams[(kRows * kLongest + 512) / 4];  // a damaged table cannot lead further than 512 bytes past a lane's start
-    u8* bytes = reinterpret_cast<u8*>(streams);
-    std::memcpy(bytes, blob_ + plan_.codes + begin * kAlign, size);
-    std::memset(bytes + size, 0, 512);
+    u8 streams[kRows * kLongest + 512];  // a lane's words cannot lead further than 200 bytes past its start
+    std::memcpy(streams, blob_ + plan_.codes + begin * kAlign, size);
+    std::memset(streams + size, 0, 512);
     for (u64 i = filled; i < size; i++)
-      if (bytes[i]) return false;
-    u32 at = 0;
-    for (u32 lane = 0; lane < rows; at += length[lane++])
-      if (!stream(streams, at, length[lane], plan_.cols_in(k), plan_.group_at(t, k * (kCols / kGroup), lane),
-                  out + lane * stride))
+      if (streams[i]) return false;
+    u32 bit[kRows + 1] = {};
+    for (u32 lane = 0; lane < kRows; lane++) bit[lane + 1] = bit[lane] + 8 * length[lane];
+    for (u32 lane = 0; lane < rows; lane += kSide)
+      if (!side(streams, bit + lane, std::min<u32>(kSide, rows - lane), plan_.cols_in(k),
+                plan_.group_at(t, k * (kCols / kGroup), lane), out + lane * stride, stride))
         return false;
     return true;
   }
 
-  // A lane of `n` words. False unless its stream takes `length` bytes, the unused bits of the last zero.
-  bool stream(const u32* streams, u32 at, u32 length, u32 n, u64 group, u16* out) const {
-    Bits bits(streams, at);
-    for (u32 c = 0; c < n; c += 4) {
-      const u32 lows = low(group + c / kGroup * kRows, c), left = std::min(4u, n - c);
-      u32 word[2];
-      if (left == 4)
-        dense_words(bits, entries_, lows, word);
-      else
-        dense_words(bits, entries_, lows, word, left);
-      std::memcpy(out + c, word, 2 * left);
+  // Some lanes side by side, so that they hide each other's latency; `bit`: where they and the one behind them begin.
+  // False unless each stream ends within the last byte before the next, whose unused bits are zero.
+  bool side(const u8* streams, const u32* begin, u32 lanes, u32 n, u64 group, u16* out, u64 stride) const {
+    u32 bit[kSide];
+    std::copy(begin, begin + lanes, bit);
+    const auto decode = [&](u32 i, u32 c, u32 count) {
+      const u8* low = blob_ + plan_.low + (group + c / kGroup * kRows + i) * kGroup + c % kGroup;
+      u64 have = load<u64>(streams + bit[i] / 8) >> bit[i] % 8, words = spread(load<u32>(low));
+      u32 used = 0;
+      for (u32 j = 0; j < count; j++) {
+        const u64 entry = entries_[have & ((1 << kWindow) - 1)];
+        words |= (entry & 0xFF00) << 16 * j;
+        have >>= entry & 15, used += entry & 15;
+      }
+      bit[i] += used;
+      words = (words >> 1 & 0x7FFF7FFF7FFF7FFF) | (words << 15 & 0x8000800080008000);
+      std::memcpy(out + i * stride + c, &words, 2 * count);
+    };
+    for (u32 c = 0; c + 4 <= n; c += 4)
+      for (u32 i = 0; i < lanes; i++) decode(i, c, 4);
+    for (u32 i = 0; i < lanes && n % 4; i++) decode(i, n - n % 4, n % 4);
+    for (u32 i = 0; i < lanes; i++) {
+      const u32 spare = begin[i + 1] - bit[i];
+      if (spare > 7 || streams[bit[i] / 8] >> bit[i] % 8 & ((1u << spare) - 1)) return false;
     }
-    bits.refill();
-    const u64 used = 32 * (u64)(bits.next - streams - 1) - bits.count - 8 * (u64)at;
-    return (used + 7) / 8 == length && !(bits.have & ((1u << (8 * length - used)) - 1));
+    return true;
   }
 
   const u8* blob_;
   const Plan plan_;
   u64 room_;  // bytes that streams or escapes may take
-  u16 entries_[1 << kWindow];
-  u32 ranked_[4];
+  bool sound_ = true;
+  u16 entries_[1 << kWindow] = {}, pairs_[256] = {};
 };
 
 // Runs `good` for every tile of rows [first, first + n); returns a tile for which it is false, or -1.

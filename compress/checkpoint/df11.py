@@ -10,6 +10,7 @@ from compress.checkpoint import layout, loading
 from compress.checkpoint.checkpoint import CHUNK, Checkpoint, TensorInfo
 from compress.checkpoint.df11_layout import (
     CODES,
+    WHOLE,
     Stored,
     Weight,
     find_units,
@@ -92,6 +93,8 @@ class DF11Checkpoint(Checkpoint):
     @cached_property
     def _infos(self) -> dict[str, TensorInfo]:
         inside = {entry.name for unit in self._units.values() for _, entry in unit.parts.values()}
+        if layout.SINGLE not in self.files and not (self.path / layout.INDEX).is_file():
+            raise Corrupt(f"no {layout.SINGLE}, which holds the rest", where=self.path, mend=WHOLE)
         infos: dict[str, TensorInfo] = {}
         for name, (file, entry) in self._entries.items():
             unit = name.removesuffix(f".{CODES}")

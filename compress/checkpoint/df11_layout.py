@@ -31,6 +31,7 @@ _DTYPES = {
     "output_positions": "U8",  # of uint32
     "split_positions": "I64",
 }
+WHOLE = "download all files of the directory"
 _VERSION = re.compile(r"0\.[2-5]\.\d+")
 _PATTERN_MAX = 256
 _NAME_MAX = 200
@@ -141,15 +142,27 @@ def find_weights(
     """The weights of each unit in the order of its words.
 
     Raises `BadInput` where transformers does not know the architecture, or knows it with other
-    modules or sizes.
+    modules or sizes, and `Corrupt` where a module that is to be a unit has none.
     """
-    modules = dict(_skeleton(path, config).named_modules())
-    return {unit.name: _weights(unit, patterns, modules, path) for unit in units}
+    model = _skeleton(path, config)
+    modules = dict(model.named_modules())
+    found = {unit.name: _weights(unit, patterns, modules, path) for unit in units}
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    for name in modules:
+        if name in found or (paths := _paths(name, patterns)) is None:
+            continue
+        members = _members(name, paths, modules)
+        there = all(hasattr(modules.get(member), "weight") for member in members)
+        if there and any(f"{member}.weight" not in tied for member in members):
+            # These directories have no list of their files.
+            raise Corrupt("the unit is missing", where=tensor_at(path, name), mend=WHOLE)
+    return found
 
 
 def _skeleton(path: Path, config: dict[str, Any]) -> nn.Module:
     """The model of a config without memory for its weights."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if not isinstance(config.get("model_type"), str):
@@ -163,11 +176,32 @@ def _skeleton(path: Path, config: dict[str, Any]) -> nn.Module:
         settings = AutoConfig.from_pretrained(path, local_files_only=True)
         with torch.device("meta"):
             return model_class(config)._from_config(settings)
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        StrictDataclassError,
+    ) as error:
+        reason = " ".join(str(error).split())
         raise BadInput(
-            f"transformers cannot build the architecture of this DFloat11 model: {error}",
+            f"transformers cannot build the architecture of this DFloat11 model: {reason}",
             where=path / CONFIG,
         ) from error
+
+
+def _paths(name: str, patterns: dict[re.Pattern[str], list[str]]) -> list[str] | None:
+    """What the first pattern that fits a unit's name says of it."""
+    return next((paths for pattern, paths in patterns.items() if pattern.fullmatch(name)), None)
+
+
+def _members(name: str, paths: list[str], modules: dict[str, nn.Module]) -> list[str]:
+    """The modules whose weights a unit of that name holds."""
+    from torch import nn
+
+    alone = isinstance(modules.get(name), (nn.Linear, nn.Embedding))
+    return [name] if alone else [f"{name}.{path}" for path in paths]
 
 
 def _weights(
@@ -176,20 +210,12 @@ def _weights(
     modules: dict[str, nn.Module],
     path: Path,
 ) -> list[Weight]:
-    from torch import nn
-
     where = tensor_at(path, unit.name)
-    paths = next(
-        (paths for pattern, paths in patterns.items() if pattern.fullmatch(unit.name)),
-        None,
-    )
-    if paths is None:
+    if (paths := _paths(unit.name, patterns)) is None:
         raise Corrupt("no pattern of pattern_dict fits the unit", where=where)
-    alone = isinstance(modules.get(unit.name), (nn.Linear, nn.Embedding))
-    names = [unit.name] if alone else [f"{unit.name}.{path}" for path in paths]
     weights: list[Weight] = []
     end = 0
-    for name in names:
+    for name in _members(unit.name, paths, modules):
         weight = getattr(modules.get(name), "weight", None)
         if weight is None:
             raise BadInput(

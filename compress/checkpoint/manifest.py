@@ -58,7 +58,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     if not path.is_file():
-        raise Corrupt(f"no {MANIFEST}: not written by entropress, or unfinished", where=directory)
+        raise Corrupt(
+            f"no {MANIFEST}: unfinished, or not written by `entropress compress`", where=directory
+        )
     document = load_object(path)
     try:
         canonical = dump_json(document) == path.read_bytes()

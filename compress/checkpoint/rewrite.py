@@ -103,10 +103,11 @@ def _complete(source: Checkpoint, directory: Path, config: dict[str, Any] | None
         target = directory / sidecar
         target.parent.mkdir(parents=True, exist_ok=True)
         copy_atomic(source.path / sidecar, target)
-    if config is None:
+    if config is None and load_object(source.path / layout.CONFIG) == source.config:
         copy_atomic(source.path / layout.CONFIG, directory / layout.CONFIG)
     else:
-        write_atomic(directory / layout.CONFIG, dump_json(config))
+        kept = source.config if config is None else config  # a DFloat11 directory's is another
+        write_atomic(directory / layout.CONFIG, dump_json(kept))
     files = [file for file in source.files if (directory / file).exists()]
     if files != [layout.SINGLE]:
         write_atomic(directory / layout.INDEX, dump_json(_index(directory, files)))

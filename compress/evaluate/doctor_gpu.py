@@ -37,10 +37,11 @@ def diagnose_gpu(progress: Progress = SILENT) -> Iterator[Finding]:
     try:
         yield Finding("nvrtc", True, packed.compiler().name)
         bandwidth = copy_bandwidth(device)
-        clock = gpu.clock_rate / 1e3
-        layout = packed.choose(bandwidth, clock, gpu.multi_processor_count)
-        copied = f"{bandwidth:.0f} GB/s read and written at once, {clock:.0f} MHz"
-        yield Finding("bandwidth", True, f"{copied}: layout {layout}")
+        copied = f"{bandwidth:.0f} GB/s read and written at once"
+        if clock := getattr(gpu, "clock_rate", 0) / 1e3:  # which old releases of torch do not tell
+            layout = packed.choose(bandwidth, clock, gpu.multi_processor_count)
+            copied += f", {clock:.0f} MHz: layout {layout}"
+        yield Finding("bandwidth", True, copied)
         found = packed.self_test(device, progress=progress)
     except (EntropressError, RuntimeError) as error:  # the latter from the driver
         yield Finding("kernels", False, str(error))

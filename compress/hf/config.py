@@ -1,14 +1,13 @@
 """What a user may say of how a coded checkpoint is loaded, and what its config.json says of it.
 
-Importing this module registers it with transformers.
+`quantizer` registers it with transformers. Not this module: importing transformers' table of
+quantizers makes `compress._autoload` import `quantizer`, which needs all that is in here.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers.quantizers import auto
-from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from compress.checkpoint import QUANT_METHOD
@@ -22,7 +21,6 @@ _EXACT = ("logits", "weights")
 _LOADING = ("skip", "tokens", "packed", "exact")  # what a user says, and no checkpoint
 
 
-@register_quantization_config(QUANT_METHOD)
 class EntropressConfig(QuantizationConfigMixin):
     """``quantization_config`` of an entropress checkpoint; its members are in docs/FORMAT.md.
 
@@ -37,7 +35,7 @@ class EntropressConfig(QuantizationConfigMixin):
     file, for the CPU; "fast" or "dense", for GPUs; "auto" what suits the device. ``exact``: what is
     bit for bit that of the dense model: "logits", for which weights are unpacked in front of each
     product, or only "weights", which a GPU multiplies as they are packed, in another order of
-    summation. Raises `BadInput` for other values.
+    summation. Raises `BadInput` for other values and names.
     """
 
     def __init__(
@@ -52,6 +50,13 @@ class EntropressConfig(QuantizationConfigMixin):
         if packed is not False:
             _check_known("packed", packed, _FORMS)
         _check_known("exact", exact, _EXACT)
+        if members and "quant_method" not in members:  # not a checkpoint's
+            option = next(iter(members))
+            raise BadInput(
+                "EntropressConfig: unknown option",
+                got=repr(option),
+                mend=did_you_mean(option, _LOADING),
+            )
         self.__dict__.update(members, skip=skip, tokens=tokens, packed=packed, exact=exact)
         self.quant_method = QUANT_METHOD
 
@@ -87,10 +92,6 @@ class EntropressConfig(QuantizationConfigMixin):
     def get_loading_attributes(self) -> dict[str, Any]:
         """What `from_pretrained` may be given beside what the checkpoint says."""
         return {name: getattr(self, name) for name in _LOADING}
-
-
-# Of other classes transformers ignores the given config.
-auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (EntropressConfig,)
 
 
 def _check_known(option: str, value: Any, known: tuple[str, ...]) -> None:

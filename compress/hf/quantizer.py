@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers import auto
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationMethod
@@ -30,6 +31,10 @@ from compress.hf.config import CODED_QUANTIZED, PLAIN, EntropressConfig
 
 if TYPE_CHECKING:
     from compress.hf.packed.loading import Packer
+
+register_quantization_config(QUANT_METHOD)(EntropressConfig)
+# Of other classes transformers ignores the given config.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (EntropressConfig,)
 
 
 class _DecodingQuantizer(HfQuantizer):
@@ -175,6 +180,12 @@ class EntropressQuantizer(_DecodingQuantizer):
         state, members = coded_state_dict(model, self._conversions)
         vars(model.config.quantization_config).update(members)
         return state, {QUANT_METHOD: str(members["format_version"])}
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        raise BadInput(
+            "a packed model is not unpacked in place",
+            mend="load it without EntropressConfig(packed=...)",
+        )
 
     def is_serializable(self) -> bool:
         return True

@@ -159,14 +159,15 @@ def size_table(checkpoint: Checkpoint) -> dict[str, Any]:
 def decode(coded: Checkpoint, directory: Path, progress: Progress = SILENT) -> Checkpoint:
     """The dense checkpoint again, written into ``directory``; the inverse of `encode_weights`.
 
-    Raises `BadInput` if there is nothing to decode, `Corrupt` when a block checksum or the sha256
-    that the manifest holds of a tensor is not met.
+    A checkpoint that `save_pretrained` wrote has no manifest; its names and checksums are all that
+    is held against it. Raises `BadInput` if there is nothing to decode, `Corrupt` when a block
+    checksum or the sha256 that the manifest holds of a tensor is not met.
     """
     if not coded.coded:
         raise BadInput("is not compressed by entropress", where=coded.path)
-    if coded.manifest is None:
-        raise Corrupt("has no manifest, so it was never finished", where=coded.path)
-    expected = coded.manifest["tensors"]
+    expected = None if coded.manifest is None else coded.manifest["tensors"]
+    if expected is None:
+        progress.note("no manifest: names and checksums are checked, but no sha256")
 
     def plain(info: TensorInfo) -> Iterator[NewTensor]:
         chunks = Digest(coded.chunks(info.name))
@@ -174,7 +175,8 @@ def decode(coded: Checkpoint, directory: Path, progress: Progress = SILENT) -> C
 
     def check(info: TensorInfo, chunks: Digest) -> dict[str, Any]:
         record = _record(info, chunks)
-        if expected.get(info.name, {}).get("sha256") != record["sha256"]:
+        known = expected is None or expected.get(info.name, {}).get("sha256") == record["sha256"]
+        if not known:
             raise Corrupt("has another sha256 than the manifest", where=f"{info.file}: {info.name}")
         return record
 

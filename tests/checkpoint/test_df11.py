@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from compress import checkpoint, pipeline
+from compress.checkpoint import NewTensor
 from compress.codec import df11
 from compress.errors import BadInput, Corrupt
 
@@ -153,6 +154,9 @@ def test_settings_that_are_not_known(reconfigure, key, value, error, message):
     [
         (lambda c: c.pop("model_type"), BadInput, "names no architecture of transformers"),
         (lambda c: c.update(model_type="nosuch"), BadInput, "transformers cannot build"),
+        (lambda c: c.update(hidden_size="x"), BadInput, "cannot build .* 'hidden_size'"),
+        (lambda c: c.update(num_attention_heads=5), BadInput, "cannot build .* heads"),
+        (lambda c: c.update(num_hidden_layers=3), Corrupt, "'model.layers.2': the unit is missing"),
         (lambda c: c.update(hidden_size=64), BadInput, "other weights than the architecture"),
         (lambda c: c.update(num_hidden_layers=1), BadInput, "no such module in the architecture"),
         (lambda c: c[KEY]["pattern_dict"].pop("lm_head"), Corrupt, "no pattern of pattern_dict"),
@@ -165,8 +169,23 @@ def test_settings_that_are_not_known(reconfigure, key, value, error, message):
 )
 def test_an_architecture_that_does_not_fit(reconfigure, edit, error, message):
     directory = reconfigure(edit)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         checkpoint.open(directory).tensor_infos()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model_layers_1.safetensors", "'model.layers.1': the unit is missing; download all files"),
+        ("lm_head.safetensors", "'lm_head': the unit is missing; download all files"),
+        ("model.safetensors", "no model.safetensors, which holds the rest; download all files"),
+    ],
+)
+def test_a_file_that_was_not_downloaded(copied, file, message):
+    (copied / file).unlink()
+    with pytest.raises(Corrupt, match=message):
+        checkpoint.open(copied).tensor_infos()
 
 
 @pytest.mark.parametrize(
@@ -208,3 +227,16 @@ def test_any_damage_is_an_error_or_other_weights_never_a_crash(copied):
             found += 1
             assert "model_layers_0" in str(error) or "tensor" in str(error)
     assert found > 15
+
+
+def test_a_copy_says_nothing_of_dfloat11(tmp_path):
+    source = checkpoint.open(DATA / "untied")
+    copy, _ = checkpoint.rewrite(
+        source,
+        tmp_path / "copy",
+        lambda info: [NewTensor(info.name, info.dtype, info.shape, source.chunks(info.name))],
+    )
+    assert copy.config == source.config
+    assert KEY not in json.loads((tmp_path / "copy" / "config.json").read_text())
+    for name in source.tensor_infos():
+        assert torch.equal(copy.read(name).view(torch.int16), source.read(name).view(torch.int16))

@@ -59,6 +59,12 @@ def test_a_gpu_on_which_all_is_well(gpu: None, tmp_path: Path) -> None:
     assert "kernels" not in {finding.name for finding in diagnose()}
 
 
+def test_a_torch_that_does_not_tell_the_clock(gpu: None) -> None:
+    del torch.cuda.get_device_properties(torch.device("cuda", 0)).clock_rate
+    assert found()["bandwidth"].detail == "4300 GB/s read and written at once"
+    assert found()["kernels"].ok
+
+
 def test_wrong_bits_are_a_fault(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = packed.SelfTest(528, ["unpacking zeros (fast, BF16): ...", "another"])
     monkeypatch.setattr(packed, "self_test", lambda device, progress: wrong)

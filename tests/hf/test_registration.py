@@ -162,3 +162,21 @@ print("alive")
     run = python(code, site=installed)
     assert run.stdout == "alive\n", run.stderr
     assert run.stderr.count("cannot register") == 1
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "compress.hf",
+        pytest.param("compress.hf.config", marks=pytest.mark.slow),
+        pytest.param("compress.evaluate.lm", marks=pytest.mark.slow),
+    ],
+)
+def test_whatever_is_imported_first(first, coded, installed):
+    code = f"""
+import {first}
+from compress.hf import EntropressConfig, skip_sublayers
+"""
+    run = python(code + LOAD, *coded, site=installed)
+    assert run.returncode == 0, run.stderr
+    assert "cannot register" not in run.stderr

@@ -1,7 +1,8 @@
 """Packed weights on CUDA: unpacked, multiplied, looked up and made without leaving the device.
 
-All functions take torch tensors of one device and launch ``kernels/*.cu`` on its current stream.
-None but `pack` waits for the device. They work with any `Launcher`, so tests run them on the CPU.
+All functions take torch tensors of one device and launch ``kernels/*.cu`` on its current stream;
+they raise `RuntimeError` where the devices differ. None but `pack` waits for the device. They work
+with any `Launcher`, so tests run them on the CPU.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ class Launcher(Protocol):
         ``args``: tensors are passed as pointers, numbers in 32 bits, None as a null pointer.
         """
 
+    def prepare(self, name: str) -> None:
+        """Compile and load kernel ``name`` if it is not yet, as a captured graph could not."""
+
 
 _REGISTERED: dict[str, Launcher] = {}
 
@@ -66,11 +70,27 @@ def register_launcher(kind: str, launcher: Launcher) -> Iterator[None]:
 def launcher(device: torch.device) -> Launcher:
     """The launcher for tensors on ``device``.
 
-    Raises `Missing` without CUDA or NVRTC, `BadInput` for a GPU older than Turing.
+    Raises `Missing` without CUDA or a driver, `BadInput` for a GPU older than Turing, `ValueError`
+    for a device that is no GPU.
     """
     if device.type in _REGISTERED:
         return _REGISTERED[device.type]
+    if device.type != "cuda":
+        raise ValueError(f"kernels run on CUDA devices, not on {device}")
     return cuda_launcher(device.index or 0)
+
+
+def prepare(device: torch.device, layout: Layout, *, products: bool) -> None:
+    """Compile and load what works with weights of this layout and dtype, before it is needed.
+
+    ``products``: `linear` too. Takes seconds where no cubin is cached. Raises as `launcher`.
+    """
+    names = [f"{kind}_{layout.layout}" for kind in ("unpack", "rows")]
+    if products:
+        name = f"linear_{layout.layout}_{_NAMES[layout.dtype]}"
+        names += [f"{name}_{1 << i}" for i in range(MOST_ROWS.bit_length())]
+    for name in names:
+        launcher(device).prepare(name)
 
 
 def unpack(
@@ -98,12 +118,13 @@ def rows(ids: torch.Tensor, blob: torch.Tensor, layout: Layout) -> torch.Tensor:
     """
     import torch
 
+    weight = _sections(blob, layout, ids)
     out = torch.empty((*ids.shape, layout.cols), dtype=torch_dtype(layout), device=blob.device)
     if n := ids.numel():
         ids = ids.long().contiguous()
         known = ((ids >= 0) & (ids < layout.rows)).all()
         torch._assert_async(known, "an id is no row of the packed weight")
-        args = [*_sections(blob, layout), ids, n, out]
+        args = [*weight, ids, n, out]
         grid = -(-n * layout.col_tiles // _THREADS)
         launcher(blob.device).launch(f"rows_{layout.layout}", grid, _THREADS, args)
     return out
@@ -131,12 +152,13 @@ def linear(
         raise ValueError(f"x must be {dtype} of 1 to {MOST_ROWS} rows of {layout.cols}")
     if bias is not None and (bias.shape != (n_rows,) or bias.dtype != dtype):
         raise ValueError(f"bias must be {dtype} of {n_rows}")
+    weight = _sections(blob, layout, x, *([] if bias is None else [bias]))
     y = torch.empty((batch, n_rows), dtype=dtype, device=x.device)
     padded = 1 << (batch - 1).bit_length()
     row_tiles = -(-n_rows // TILE_ROWS)
     warps = _warps(layout.col_tiles, row_tiles, padded, _multiprocessors(x.device))
     args = [
-        *_sections(blob, layout),
+        *weight,
         *(first, n_rows, x.contiguous(), None if bias is None else bias.contiguous(), y, batch),
     ]
     name = f"linear_{layout.layout}_{_NAMES[layout.dtype]}_{padded}"
@@ -222,7 +244,20 @@ def _range(layout: Layout, first_row: int, n_rows: int | None) -> tuple[int, int
     return first_row // TILE_ROWS, n_rows
 
 
-def _sections(blob: torch.Tensor, layout: Layout) -> list[torch.Tensor | int | None]:
-    """What every kernel takes first."""
+def _sections(
+    blob: torch.Tensor, layout: Layout, *others: torch.Tensor
+) -> list[torch.Tensor | int | None]:
+    """What every kernel takes first; ``others``: tensors that it takes besides.
+
+    A kernel that reads where it must not spoils the device for the whole process.
+    """
+    for other in others:
+        if other.device != blob.device:
+            raise RuntimeError(
+                f"expected all tensors on one device, got {other.device} and, the packed weight, "
+                f"{blob.device}"
+            )
+    if blob.data_ptr() % ALIGN:
+        raise ValueError(f"a packed weight must begin at a multiple of {ALIGN} bytes")
     offsets = (layout.low, layout.codes, layout.index, layout.table, layout.extra)
     return [blob, *(offset // ALIGN for offset in offsets), layout.rows, layout.cols]

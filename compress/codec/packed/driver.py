@@ -25,7 +25,7 @@ class CudaLauncher:
     """`launch` runs kernels of ``kernels/*.cu`` on one device, on torch's current stream.
 
     They are compiled (or found in the cache) and loaded when first wanted. The first word of a
-    kernel's name tells its source.
+    kernel's name tells its source; of products those of one layout and dtype come together.
     """
 
     def __init__(self, index: int) -> None:
@@ -70,6 +70,15 @@ class CudaLauncher:
                 "cuLaunchKernel", kernel, grid, 1, 1, block, 1, 1, shared, stream, pointers, None
             )
 
+    def prepare(self, name: str) -> None:
+        """Compile and load kernel ``name`` if it is not yet, as a captured graph could not."""
+        if name not in self._kernels:
+            import torch
+
+            with torch.cuda.device(self._index):
+                self._call("cuCtxSetCurrent", self._context)
+                self._find(name)
+
     def load(self, source: str, image: Callable[[], bytes]) -> None:
         """Make the kernels of a cubin or PTX text known, unless ``source`` was loaded before."""
         if source not in self._modules:
@@ -82,11 +91,16 @@ class CudaLauncher:
             self._modules[source] = module
 
     def _find(self, name: str) -> ctypes.c_void_p:
-        source = _SOURCES.get(name.partition("_")[0], name)
-        self.load(source, lambda: nvrtc.cubin(source, self.arch))
+        kind, *words = name.split("_")
+        source = _SOURCES.get(kind, name)
+        macros = (
+            dict(zip(("EP_LAYOUT", "EP_DTYPE"), words, strict=False)) if kind == "linear" else {}
+        )
+        module = " ".join((source, *macros.values()))
+        self.load(module, lambda: nvrtc.cubin(source, self.arch, macros))
         kernel = ctypes.c_void_p()
         self._call(
-            "cuModuleGetFunction", ctypes.byref(kernel), self._modules[source], name.encode()
+            "cuModuleGetFunction", ctypes.byref(kernel), self._modules[module], name.encode()
         )
         self._kernels[name] = kernel
         return kernel

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +35,18 @@ class Compiler:
     compile: Callable[[bytes, str, str], bytes]
 
 
-def cubin(name: str, arch: str) -> bytes:
+def cubin(name: str, arch: str, macros: Mapping[str, str] | None = None) -> bytes:
     """``kernels/NAME`` compiled for ``arch``, e.g. ``"90"``; from the cache if it is there.
 
-    The cache's key covers every byte of the source and of what it includes, the architecture and
-    the compiler's version. Raises `Missing` where there is no NVRTC, `BadInput` with the first
-    error where it refuses, as an NVRTC older than the GPU does.
+    ``macros``: what is defined in front of the source. The cache's key covers them, every byte of
+    the source and of what it includes, the architecture and the compiler's version. Raises
+    `Missing` where there is no NVRTC, `BadInput` with the first error where it refuses, as an
+    NVRTC older than the GPU does.
     """
     texts, made_by = sources(name), compiler()
+    if macros:
+        defined = "".join(f"#define {macro} {text}\n" for macro, text in macros.items())
+        texts[name] = f"{defined}#line 1\n".encode() + texts[name]
     key = hashlib.sha256(repr((name, texts, arch, made_by.name, _STANDARD)).encode()).hexdigest()
     path = cache_dir() / "cuda" / f"{key[:32]}.cubin"
     if (cached := _read(path)) is not None:

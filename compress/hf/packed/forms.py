@@ -8,6 +8,9 @@ is never read for a header. Tensors of more dimensions than two are matrices of 
 from __future__ import annotations
 
 import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 
@@ -22,6 +25,8 @@ STORED = 0
 TILE_ROWS = 32
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 _MAGIC = b"EPTR"
+_LENDING = threading.Lock()  # of the array below
+_lent = np.empty(0, np.uint8)
 _SEGMENT = struct.Struct("<IIQ")  # docs/FORMAT.md: blocks, bytes before the payload, payload
 
 
@@ -40,19 +45,33 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
-def form_for(device: torch.device) -> str:
-    """The form that suits a device: ``stored`` on the CPU, on a GPU as `choose` of the codec says.
+def form_for(device: torch.device, dtype: torch.dtype) -> str:
+    """The form that suits weights on a device: ``stored`` on the CPU, else as the codec chooses.
 
-    ``fast`` where the driver does not tell how fast the memory is.
+    ``fast`` where the driver does not tell how fast the memory is; ``dense`` for fp16, which
+    ``fast`` does not make smaller.
     """
     if device.type != "cuda":
         return "stored"
+    if dtype == torch.float16:
+        return "dense"
     gpu = torch.cuda.get_device_properties(device)
     # kHz, bits, and two transfers a clock.
     bandwidth = 2 * getattr(gpu, "memory_clock_rate", 0) * getattr(gpu, "memory_bus_width", 0) / 8e6
-    if not bandwidth:
+    clock = getattr(gpu, "clock_rate", 0) / 1e3
+    if not bandwidth or not clock:
         return "fast"
-    return packed.choose(bandwidth, gpu.clock_rate / 1e3, gpu.multi_processor_count)
+    return packed.choose(bandwidth, clock, gpu.multi_processor_count)
+
+
+def prepare(blob: torch.Tensor, ints: list[int], exact: str) -> None:
+    """Compile and load, if ``blob`` is on a GPU, the kernels that will work with it.
+
+    Raises `Missing` where they cannot be compiled, `BadInput` for a GPU that is too old.
+    """
+    if on_gpu(blob):
+        layout = packed.Layout.from_ints(ints)
+        packed.cuda.prepare(blob.device, layout, products=exact == "weights")
 
 
 def pack(
@@ -141,6 +160,31 @@ def rows_of(
         return packed.cuda.unpack(blob, layout, first_row, before + rows)[before:]
     words = packed.unpack(blob.numpy(), slice(first_row, first_row + before + rows))
     return torch.from_numpy(words[before:]).view(dtype_of(ints))
+
+
+@contextmanager
+def lent_rows(
+    blob: torch.Tensor, ints: list[int], first_row: int, rows: int
+) -> Iterator[torch.Tensor]:
+    """As `rows_of`, but what is given is void after the context.
+
+    A whole stored weight is decoded to memory that stays for the next one, as large as the largest
+    so far: to be given fresh pages takes as long as decoding. Whoever comes while that is lent,
+    another thread for one, gets memory of its own.
+    """
+    global _lent
+    whole = ints[0] == STORED and rows == ints[2]
+    if not whole or not _LENDING.acquire(blocking=False):
+        yield rows_of(blob, ints, first_row, rows)
+        return
+    try:
+        if _lent.size < (nbytes := 2 * rows * ints[3]):
+            _lent = np.empty(0, np.uint8)  # the old one goes before the new one comes
+            _lent = np.empty(nbytes, np.uint8)
+        words = decode(blob.numpy(), out=_lent[:nbytes])
+        yield torch.from_numpy(words).view(dtype_of(ints)).view(rows, ints[3])
+    finally:
+        _LENDING.release()
 
 
 def _stored_ints(header: Header, nbytes: int) -> list[int] | None:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.accelerate import get_device
+from transformers.utils import logging
 
 from compress import codec
 from compress.errors import BadInput, Missing
@@ -25,6 +26,7 @@ from compress.hf.packed import experts, forms, merged, modules
 HALVES = (torch.bfloat16, torch.float16)
 _BYTES = 1.5  # a packed weight, at most, for planning where weights go
 _DENSE = "load it without EntropressConfig(packed=...)"
+_logger = logging.get_logger("transformers.entropress")  # below transformers', for its handlers
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -160,7 +162,7 @@ class Packer(ConversionOps):
         self.waiting.remove(name)  # so that the loader compares its shape
         if tensor.dtype not in HALVES or (self.keep_zeros and not tensor.any()):
             return tensor
-        form = forms.form_for(tensor.device) if self.form == "auto" else self.form
+        form = forms.form_for(tensor.device, tensor.dtype) if self.form == "auto" else self.form
         placeholder = self._placeholder(name, tensor)
         file = self._file(tensor) if form == "stored" else None
         if file is None:
@@ -182,7 +184,7 @@ class Packer(ConversionOps):
 
     def _file(self, tensor: torch.Tensor) -> Any:
         """Where the tensor was read, if it is still what was, and was smaller; None otherwise."""
-        if tensor not in self.files or tensor._version:
+        if tensor.is_inference() or tensor not in self.files or tensor._version:
             return None
         file = self.files[tensor]
         return file if file.stored_nbytes < tensor.nbytes else None
@@ -196,13 +198,17 @@ class Packer(ConversionOps):
                 module.register_parameter(leaf, first)
 
     def install(self, model: Any) -> None:
-        """Make packed modules of those that hold placeholders."""
+        """Make packed modules of those that hold placeholders; a warning if there are none."""
+        if not self._made:
+            _logger.warning("no weight is smaller packed as %r: the model is dense", self.form)
         for module in list(model.modules()):
             weights: dict[str, Any] = {
                 leaf: parameter.packed
                 for leaf, parameter in module._parameters.items()
                 if hasattr(parameter, "packed")
             }
+            for blob, ints in weights.values():
+                forms.prepare(blob, ints, self.exact)
             if not weights:
                 continue
             with _without_hook(module):

@@ -9,7 +9,7 @@ else, as key and value of a cross-attention are, each computes its own rows from
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,18 +21,26 @@ from compress.hf.packed.ops import fuses, linear
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+@dataclass(frozen=True)
+class _Product:
+    """Of ``x``, whose ``version`` counts changes in place; ``parts``: by first row, those that have
+    not been asked for."""
+
+    x: torch.Tensor
+    version: int
+    parts: dict[int, torch.Tensor]
+
+
 @dataclass
 class _Group:
-    """Modules whose rows follow one another in one packed weight, and the last product of all.
+    """Modules whose rows follow one another in one packed weight.
 
-    ``parts``: of that product, by first row, those that have not been asked for; ``x``: of what,
-    and its ``version``, for it may be changed in place; ``apart``: whether parts were left over.
+    ``last``: the product of all, while parts of it wait; ``apart``: whether parts were left over.
+    Another thread may set either at any moment, but no product is mistaken for another's.
     """
 
     members: list[PackedLinear]
-    x: torch.Tensor | None = None
-    version: int = 0
-    parts: dict[int, torch.Tensor] = field(default_factory=dict)
+    last: _Product | None = None
     apart: bool = False
 
     def part(self, x: torch.Tensor, own: Packing) -> torch.Tensor | None:
@@ -40,21 +48,23 @@ class _Group:
         first = self.members[0]
         if self.apart or not fuses(x, first.packed, own.ints) or _tracked(x, self.members):
             return None
-        if self.parts and not (x is self.x and x._version == self.version):
-            self.x, self.parts, self.apart = None, {}, True
+        last = self.last
+        if last is not None and not (x is last.x and x._version == last.version):
+            self.last, self.apart = None, True
             return None
-        if own.first_row not in self.parts:
+        part = None if last is None else last.parts.pop(own.first_row, None)
+        if last is None or part is None:
             biases = [member.bias for member in self.members if member.bias is not None]
             bias = torch.cat([*biases]) if biases else None
             y = linear(x, first.packed, own.ints, bias, 0, own.ints[2], True)
             sizes = [member.out_features for member in self.members]
             starts = [member.packings["weight"].first_row for member in self.members]
             parts = (part.contiguous() for part in y.split(sizes, -1))
-            self.parts = dict(zip(starts, parts, strict=True))
-            self.x, self.version = x, x._version
-        part = self.parts.pop(own.first_row)
-        if not self.parts:
-            self.x = None
+            last = _Product(x, x._version, dict(zip(starts, parts, strict=True)))
+            part = last.parts.pop(own.first_row)
+            self.last = last
+        if not last.parts:
+            self.last = None
         return part
 
 

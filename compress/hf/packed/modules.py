@@ -8,7 +8,7 @@ Tied modules share both, and keep sharing them when they are moved or copied.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,19 +75,27 @@ class Packed(nn.Module):
         if torch.compiler.is_compiling():
             return self.dense(name)
         own = self.packings[name]
-        device = self.get_buffer(own.buffer).device
-        return WeightView(own.shape, own.dtype, device, functools.partial(self.dense, name))
+        packed = self.get_buffer(own.buffer)
+        decode = functools.partial(self.dense, name)
+        return WeightView(own.shape, own.dtype, packed.device, decode, self._place(name))
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Not for a packed weight, asked of this very module: nothing would be trained."""
-        if requires_grad:
-            raise read_only()
-        return super().requires_grad_(requires_grad)
+    def _place(self, name: str) -> tuple[int, int]:
+        """What tells a packed weight from others."""
+        return id(self.get_buffer(self.packings[name].buffer)), self.packings[name].first_row
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        """Asked of this very module also the views, which refuse to be trained.
+
+        So PEFT's ``modules_to_save`` is heard. The model's own `parameters` leave them out.
+        """
+        yield from super().parameters(recurse)
+        yield from (self._view(name) for name in self.packings)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__.get("packings", ()):
-            raise read_only()
-        super().__setattr__(name, value)
+        if name not in self.__dict__.get("packings", ()):
+            super().__setattr__(name, value)
+        elif getattr(value, "place", None) != self._place(name):
+            raise read_only()  # to tie what is tied is no change
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         own = {packing.buffer: packing for packing in self.packings.values()}
@@ -142,7 +150,13 @@ class PackedLinear(Packed, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         own = self.packings["weight"]
-        return linear(input, self.packed, own.ints, self.bias, own.first_row, own.rows, own.fused)
+        x = input
+        bias: torch.Tensor | None = self.bias
+        if input.dtype == torch.float32 and not torch.is_autocast_enabled(input.device.type):
+            # Norms and biases are fp32 where PEFT has prepared a quantized model for training.
+            x, bias = input.to(own.dtype), None if bias is None else bias.to(own.dtype)
+        y: torch.Tensor = linear(x, self.packed, own.ints, bias, own.first_row, own.rows, own.fused)
+        return y if x is input else y.to(input.dtype)
 
 
 class PackedEmbedding(Packed, nn.Embedding):
@@ -198,6 +212,8 @@ def install(
         packing.shape, packing.fused = tuple(weight.shape), exact == "weights"
     for name in packings:
         del module._parameters[name]
+        # So `get_buffer` gives the view, and transformers' `tie_weights` finds it.
+        module._buffers[name] = None
     kinds: tuple[Any, Any] = (type(module), kind)
     module.__class__ = _class_of(*kinds, tuple(packings))
     assert isinstance(module, Packed)
@@ -222,7 +238,7 @@ def _replace(held: torch.Tensor, ints: list[int], new: torch.Tensor, new_ints: l
     """
     if form_of(new_ints) == "stored" and on_gpu(new):
         dense = rows_of(new.cpu(), new_ints).to(new.device)
-        made = pack(dense, form_for(new.device), smaller=False)
+        made = pack(dense, form_for(new.device, dense.dtype), smaller=False)
         assert made is not None
         new, new_ints = made
     held.data = new

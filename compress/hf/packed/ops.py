@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from compress.codec import packed as codec
-from compress.hf.packed.forms import STORED, TILE_ROWS, dtype_of, on_gpu, rows_of
+from compress.hf.packed.forms import STORED, TILE_ROWS, dtype_of, lent_rows, on_gpu, rows_of
 
 _MOST_FUSED = 8  # rows of x: with more, decoding once and a library's product is faster
 _RUN = 1 << 20  # weights decoded at once for a lookup, as many as a stored segment holds
@@ -62,7 +62,8 @@ def linear(
     most 8 rows of ``x``: then sums are fp32 in another order and rounded once.
     """
     if not (fused and fuses(x, packed, layout)):
-        return functional.linear(x, rows_of(packed, layout, first_row, rows), bias)
+        with lent_rows(packed, layout, first_row, rows) as weight:
+            return functional.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     known = codec.Layout.from_ints(layout)
     y: torch.Tensor = codec.cuda.linear(flat, packed, known, bias, first_row, rows)
@@ -104,6 +105,34 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 linear.register_autograd(_backward, setup_context=_remember)
 
 
+def _under_autocast(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    layout: list[int],
+    bias: torch.Tensor | None,
+    first_row: int,
+    rows: int,
+    fused: bool,
+) -> torch.Tensor:
+    """As `torch.nn.functional.linear` there: everything is cast to one dtype first.
+
+    Being operations of their own, the casts are in what `torch.compile` records, too.
+    """
+    kind = packed.device.type
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        if dtype == dtype_of(layout):
+            y: torch.Tensor = linear(x, packed, layout, bias, first_row, rows, fused)
+            return y
+        return functional.linear(x, unpack(packed, layout, first_row, rows).to(dtype), bias)
+
+
+_AUTOCAST = torch.library.Library("entropress", "FRAGMENT")  # what it holds lasts as long as it
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _AUTOCAST.impl("linear", _under_autocast, _key)
+
+
 @torch.library.custom_op(
     "entropress::embedding",
     mutates_args=(),
@@ -126,11 +155,11 @@ def embedding(ids: torch.Tensor, packed: torch.Tensor, layout: list[int]) -> tor
     run = max(1, _RUN // cols) if layout[0] == STORED else TILE_ROWS
     order = wanted.argsort()
     used, counts = (wanted[order] // run).unique_consecutive(return_counts=True)
-    parts = [torch.empty((0, cols), dtype=dtype_of(layout))]
-    for k, here in zip(used.tolist(), wanted[order].split(counts.tolist()), strict=True):
+    found = torch.empty((wanted.numel(), cols), dtype=dtype_of(layout))
+    for k, at in zip(used.tolist(), order.split(counts.tolist()), strict=True):
         decoded = rows_of(packed, layout, k * run, min(run, rows - k * run))
-        parts.append(decoded.index_select(0, here - k * run))
-    return torch.cat(parts).index_select(0, order.argsort()).view(*ids.shape, cols)
+        found[at] = decoded[wanted[at] - k * run]
+    return found.view(*ids.shape, cols)
 
 
 @embedding.register_fake

@@ -24,9 +24,13 @@ _NOT_IN_PLACE = ("__invert__", "__int__", "__index__", "__init__", "__iter__")
 
 
 class WeightView(torch.Tensor):
-    """A read-only tensor whose values ``decode`` gives, all if called with None, else one item."""
+    """A read-only tensor whose values ``decode`` gives, all if called with None, else one item.
+
+    ``place``: equal for views of the same weight; None for what is computed from one.
+    """
 
     _decode: Callable[[int | None], torch.Tensor]
+    place: tuple[int, int] | None
 
     @staticmethod
     def __new__(
@@ -35,9 +39,10 @@ class WeightView(torch.Tensor):
         dtype: torch.dtype,
         device: torch.device,
         decode: Callable[[int | None], torch.Tensor],
+        place: tuple[int, int] | None = None,
     ) -> WeightView:
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        made._decode = decode
+        made._decode, made.place = decode, place
         return made
 
     @classmethod
@@ -87,7 +92,7 @@ def read_only() -> BadInput:
     """The error of everything that would change a packed weight."""
     return BadInput(
         "packed weights cannot be changed",
-        mend="load the model without packed= to merge, resize or train them",
+        mend="load the model without packed= to merge, tie, resize or train them",
     )
 
 

@@ -186,9 +186,10 @@ const Kernel* find(const Kernel (&kernels)[n], const char* name) {
 }
 
 // What a block finds in shared memory is no zero and no other block's. A kernel's shared variables are thread-local here,
-// and nothing else is but `anchor`, so all lie together in this library's thread-local storage.
-inline thread_local volatile char anchor;
-inline void poison_shared() {
+// and nothing else is but `anchor`, so all lie together in this library's thread-local storage. Static, since an inline
+// variable is the same one in all libraries of a process.
+static thread_local volatile char anchor;
+static void poison_shared() {
   anchor = 0;  // there is no storage before it is used
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void*) {

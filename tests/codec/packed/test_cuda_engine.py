@@ -164,6 +164,24 @@ def test_rows_have_the_shape_of_their_ids(
             cuda.rows(torch.tensor([0, wrong]), *blob)
 
 
+def test_what_kernels_could_not_reach_is_refused(
+    gpu: Watched, blob: tuple[torch.Tensor, packed.Layout]
+) -> None:
+    elsewhere = torch.device("meta")
+    x, ids, bias = weight(1, 200), torch.tensor([0]), weight(1, 100)[0]
+    for call in (
+        lambda: cuda.linear(x.to(elsewhere), *blob),
+        lambda: cuda.linear(x, *blob, bias.to(elsewhere)),
+        lambda: cuda.rows(ids.to(elsewhere), *blob),
+    ):
+        with pytest.raises(RuntimeError, match="on one device, got meta and, the packed .* cpu"):
+            call()
+    odd = torch.empty(blob[1].nbytes + 1, dtype=torch.uint8)[1:].copy_(blob[0])
+    with pytest.raises(ValueError, match="begin at a multiple of 16 bytes"):
+        cuda.unpack(odd, blob[1])
+    assert gpu.launched == []
+
+
 @pytest.mark.parametrize(
     ("shape", "batch", "multiprocessors", "warps"),
     [
@@ -191,6 +209,8 @@ def test_the_seam_closes_behind_itself(emulator: Emulator) -> None:
         with cuda.register_launcher("cpu", inner):
             assert cuda.launcher(CPU) is inner
         assert cuda.launcher(CPU) is outer
+    with pytest.raises(ValueError, match="CUDA devices, not on cpu"):
+        cuda.launcher(CPU)
     if not torch.cuda.is_available():
         with pytest.raises(Missing):
             cuda.launcher(torch.device("cuda"))

@@ -51,12 +51,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """What was compiled."""
     asked = []
 
-    def cubin(name: str, arch: str) -> bytes:
-        asked.append((name, arch))
+    def cubin(name: str, arch: str, macros: dict[str, str]) -> bytes:
+        asked.append((name, arch, *(f"{macro}={text}" for macro, text in macros.items())))
         return b"\x7fELF\0" + bytes(64)
 
     monkeypatch.setattr(nvrtc, "cubin", cubin)
@@ -77,7 +77,7 @@ def launcher(
 
 
 def test_a_launch_reaches_the_driver_as_it_was_meant(
-    launcher: driver.CudaLauncher, gpus: SimpleNamespace, compiled: list[tuple[str, str]]
+    launcher: driver.CudaLauncher, gpus: SimpleNamespace, compiled: list[tuple[str, ...]]
 ) -> None:
     told = torch.zeros(15, dtype=torch.int64)
     gpus.guarded.clear()
@@ -88,17 +88,36 @@ def test_a_launch_reaches_the_driver_as_it_was_meant(
     assert told[13] == 71 << 32, "the device's own context"
     assert told[14] == 1, "retained once"
     assert set(gpus.guarded) == {1}
-    assert compiled == [("linear.cu", "90")]
+    assert compiled == [("linear.cu", "90", "EP_LAYOUT=fast", "EP_DTYPE=bf16")]
 
 
 def test_a_source_is_compiled_once_for_all_its_kernels(
-    launcher: driver.CudaLauncher, compiled: list[tuple[str, str]]
+    launcher: driver.CudaLauncher, compiled: list[tuple[str, ...]]
 ) -> None:
     told = torch.zeros(15, dtype=torch.int64)
     for name in ("unpack_fast", "unpack_dense", "rows_fast", "unpack_fast", "pack_histogram"):
         launcher.launch(name, 1, 128, [told, 0, 0, None])
     assert compiled == [("unpack.cu", "90"), ("pack.cu", "90")]
+    compiled.clear()
+    for name in ("linear_fast_bf16_1", "linear_fast_bf16_8", "linear_dense_bf16_1"):
+        launcher.launch(name, 1, 128, [told, 0, 0, None])
+    assert [made[2:] for made in compiled] == [
+        (f"EP_LAYOUT={layout}", "EP_DTYPE=bf16") for layout in ("fast", "dense")
+    ]
     assert driver.cuda_launcher(1) is launcher
+
+
+def test_what_was_prepared_is_there_when_it_is_launched(
+    launcher: driver.CudaLauncher, compiled: list[tuple[str, ...]]
+) -> None:
+    launcher.prepare("linear_dense_fp16_8")
+    assert compiled == [("linear.cu", "90", "EP_LAYOUT=dense", "EP_DTYPE=fp16")]
+    compiled.clear()
+    launcher.prepare("linear_dense_fp16_8")
+    told = torch.zeros(15, dtype=torch.int64)
+    launcher.launch("linear_dense_fp16_8", 1, 128, [told, 0, 0, None])
+    assert told[0] == KERNEL
+    assert not compiled
 
 
 def test_the_driver_s_refusals_name_function_and_device(launcher: driver.CudaLauncher) -> None:

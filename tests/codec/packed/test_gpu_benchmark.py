@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from compress.codec import packed
 from compress.codec.df11 import Unit, decode_unit
 from compress.codec.packed import cuda
 from tests.codec.packed.emulated import shared_emulator
@@ -92,6 +95,62 @@ def test_wrong_bits_are_told(
     assert all(row.value is None and row.note.startswith("WRONG") for row in ours)
 
 
+def test_a_layer_is_no_sum_of_what_was_wrong(
+    gpu: ModuleType, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear = cuda.linear
+
+    def sometimes_wrong(x: torch.Tensor, blob: torch.Tensor, of: packed.Layout) -> torch.Tensor:
+        return linear(x, blob, of) + 9 * (of.layout == "fast" and of.rows == 33)
+
+    monkeypatch.setattr(cuda, "linear", sometimes_wrong)
+    with cuda.register_launcher("cpu", shared_emulator(tmp_path_factory)):
+        rows = list(gpu.run(bench(gpu), 600, small(gpu), ("product",)))
+    sums = [row.method for row in rows if "a layer" in row.case]
+    assert sums == ["bf16", "dense"] * 2
+
+
+def test_a_part_that_fails_costs_no_other(
+    gpu: ModuleType, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> None:
+        raise RuntimeError("an illegal\nmemory access")
+
+    monkeypatch.setattr(gpu, "models", lost)
+    with cuda.register_launcher("cpu", shared_emulator(tmp_path_factory)):
+        rows = list(gpu.run(bench(gpu), 600, small(gpu), ("copy", "model", "product")))
+    failed = [row for row in rows if row.value is None]
+    assert [row.part for row in failed] == ["model"]
+    assert failed[0].note == "FAILED: RuntimeError: an illegal memory access"
+    assert {row.part for row in rows} == {"copy", "model", "product"}
+
+
+def test_rounds_on_a_gpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of calls whose results do not share memory; replayed behind another replay."""
+    did: list[str] = []
+    told = SimpleNamespace(
+        replay=lambda: did.append("replay"),
+        record=lambda: did.append("record"),
+        synchronize=lambda: did.append("wait"),
+        elapsed_time=lambda other: 40.0,
+    )
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: told)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: told)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    places: list[int] = []
+
+    def call() -> torch.Tensor:
+        made = torch.empty(1000)
+        places.append(made.data_ptr())
+        return made
+
+    timer = gpu.Bench(torch.device("cuda", 0), seconds=0.0)
+    assert timer.milliseconds([call, call]) == 2.0
+    assert len(set(places[2:])) == len(places[2:]) == 20
+    assert did == ["replay", "record", "replay", "record", "wait"] * 5
+
+
 def test_a_part_whose_time_is_up_says_so(gpu: ModuleType) -> None:
     rows = list(gpu.run(bench(gpu), -1, small(gpu), ("copy", "model", "product")))
     assert {row.part for row in rows} == {"copy", "model, eager", "product"}
@@ -125,6 +184,40 @@ def test_dfloat11_s_format_is_what_its_readers_expect(spread: int, script: Any) 
     assert unit.blocks == -(-codes.size // 4096)
     parts = Unit(luts, codes, signs, positions.view(np.uint32), gaps)
     assert np.array_equal(decode_unit(parts, "unit"), words.view(torch.int16).numpy().view("<u2"))
+
+
+class TheirKernel:
+    """What DFloat11's does with its arguments, in Python."""
+
+    def load(self, source: str, image: Callable[[], bytes]) -> None:
+        assert (source, image()) == ("decode", b"ptx")
+
+    def launch(self, name: str, grid: int, block: int, args: Sequence[Any], *, shared: int) -> None:
+        *parts, out, rows, code_bytes, words = args
+        luts, codes, signs, positions, gaps = (part.numpy().ravel() for part in parts)
+        starts = positions[: 4 * (grid + 1)].view(np.uint32)
+        assert (name, block) == ("decode", 512)
+        assert shared == 4 * 512 + 4 + 2 * np.diff(starts.astype(int)).max()
+        assert out.numel() == words
+        sizes = luts[: 256 * rows].reshape(rows, 256), codes[:code_bytes], signs[:words]
+        unit = Unit(*sizes, starts, gaps[: grid * 512 * 5 // 8])
+        decoded = decode_unit(unit, "unit").astype(np.uint16).view(np.int16)
+        out.view(torch.int16).view(-1).copy_(torch.from_numpy(decoded))
+
+
+def test_dfloat11_s_kernel_gets_what_it_expects(
+    script: Any, gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dfloat11").mkdir()
+    (tmp_path / "dfloat11" / "__init__.py").write_text("raise ImportError('needs a GPU')")
+    (tmp_path / "dfloat11" / "decode.ptx").write_bytes(b"ptx")
+    monkeypatch.syspath_prepend(tmp_path)
+    weight = script("gpu_bench").trained(64, 300, CPU)
+    kernel: Any = TheirKernel()
+    with cuda.register_launcher("cpu", kernel):
+        speed, note = script("gpu_decoding").dfloat11(bench(gpu), weight)
+    assert speed > 0
+    assert 10 < float(note.split()[0]) < 12.5
 
 
 def test_trained_weights_have_exponents_like_trained_ones(script: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -90,7 +91,9 @@ def test_all_that_could_change_a_cubin_is_in_its_key(
     nvrtc.cubin("k.cu", "90")
     (kernels / "k.cu").write_bytes(KERNEL + b"\n")
     nvrtc.cubin("k.cu", "90")
-    assert len(fake.calls) == 6
+    for text in ("fast", "dense", "fast"):
+        nvrtc.cubin("k.cu", "90", {"EP_LAYOUT": text})
+    assert len(fake.calls) == 8
 
 
 @pytest.mark.parametrize(
@@ -151,6 +154,17 @@ def test_what_the_compiler_refuses_is_told_in_one_line(kernels: Path, real: nvrt
     with pytest.raises(BadInput, match=r"sm_999, got nvrtc: error: invalid value for --gpu-arch"):
         nvrtc.cubin("k.cu", "999")
     assert not (kernels.parent / "cache").exists()
+
+
+def test_only_the_products_that_are_wanted_are_compiled(
+    real: nvrtc.Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENTROPRESS_CACHE", str(tmp_path))
+    binary = nvrtc.cubin("linear.cu", "90", {"EP_LAYOUT": "dense", "EP_DTYPE": "fp16"})
+    made = {name.decode() for name in re.findall(rb"\.text\.(linear_\w+)\0", binary)}
+    assert made == {f"linear_dense_fp16_{most}" for most in (1, 2, 4, 8)}
+    with pytest.raises(BadInput, match=r"got linear\.cu\(1\d\d\): error"):
+        nvrtc.cubin("linear.cu", "90", {"EP_LAYOUT": "dence", "EP_DTYPE": "fp16"})
 
 
 @pytest.mark.slow

@@ -154,6 +154,14 @@ def test_shared_memory_is_no_zero_and_no_other_block_s(emulator: Emulator) -> No
     assert set(out) == {0xA5A5A5A5}
 
 
+def test_shared_memory_of_every_source_in_a_process_is_poisoned(sound: Path) -> None:
+    for name in ("second.cu", "third.cu"):
+        source, out = sound.with_name(name), np.zeros(32, np.uint32)
+        source.write_text(f"{sound.read_text()}\n// {name}")
+        Emulator(sound.parent, [source]).launch("poison", 1, 32, [out])
+        assert set(out) == {0xA5A5A5A5}
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_a_gpu_would_not_survive_is_told(broken: Emulator, case: str) -> None:
     _, n, message = BROKEN[case]

@@ -49,6 +49,9 @@ def gpu(
             launched.append(name)
             emulator.launch(name, *args)
 
+        def prepare(self, name: str) -> None:
+            launched.append(f"prepare {name}")
+
     for module in (forms, ops, modules, merged):
         monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
     with cuda.register_launcher("cpu", Noting()):

@@ -73,6 +73,8 @@ def test_a_newer_format(coded):
         ({"packed": "df11"}, "known: auto, dense, fast, stored"),
         ({"packed": None}, "unknown packed"),
         ({"packed": "auto", "exact": "logit"}, "unknown exact, got 'logit'; did you mean 'logits'"),
+        ({"pakced": "auto"}, "unknown option, got 'pakced'; did you mean 'packed'"),
+        ({"packed": "auto", "bits": 4}, "unknown option, got 'bits'; known: exact, packed, skip"),
     ],
 )
 def test_unknown_words(options, hint):
@@ -177,3 +179,9 @@ def test_a_quantized_model_is_not_packed(coded):
     ) as error:
         packed(coded)
     assert "\n" not in str(error.value)
+
+
+def test_it_is_not_unpacked_in_place(coded):
+    with pytest.raises(BadInput, match="not unpacked in place; load it without") as error:
+        packed(coded).dequantize()
+    one_line(error)

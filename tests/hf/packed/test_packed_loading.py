@@ -281,3 +281,37 @@ def test_base_and_causal_models_take_each_others_weights(saved, kit):
 def test_a_dense_model_is_not_packed_by_a_config(saved):
     with pytest.raises(BadInput, match="entropress compress"):
         packed(saved("llama")[0])
+
+
+def test_loaded_in_inference_mode(saved, kit):
+    dense_dir, coded = saved("llama")
+    with torch.inference_mode():
+        model = packed(coded)
+    assert packed_modules(model)
+    dense = AutoModelForCausalLM.from_pretrained(dense_dir)
+    assert torch.equal(kit.integers(kit.logits(model)), kit.integers(kit.logits(dense)))
+
+
+def test_a_model_of_which_nothing_shrinks_says_so(kit, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(transformers.utils.logging.get_logger("transformers"), "propagate", True)
+    _, coded = save(kit.random_model(TIED, F16), tmp_path, kit)
+    assert not packed_modules(packed(coded, "fast"))
+    assert "no weight is smaller packed as 'fast': the model is dense" in caplog.text
+    caplog.clear()
+    assert packed_modules(packed(coded, "stored"))
+    assert "no weight" not in caplog.text
+
+
+def test_on_a_gpu_kernels_are_ready_when_it_is_loaded(saved, gpu):
+    dense, coded = saved("llama", BF16)
+    config = EntropressConfig(packed="fast", exact="weights")
+    model = AutoModelForCausalLM.from_pretrained(coded, quantization_config=config)
+    ready = {name.removeprefix("prepare ") for name in gpu if name.startswith("prepare ")}
+    products = {f"linear_fast_bf16_{most}" for most in (1, 2, 4, 8)}
+    assert ready == {"unpack_fast", "rows_fast", *products}
+    gpu.clear()
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        close = model(ids).logits, AutoModelForCausalLM.from_pretrained(dense)(ids).logits
+    torch.testing.assert_close(*close, atol=0.02, rtol=0.02)
+    assert set(gpu) == {"rows_fast", "linear_fast_bf16_4"}

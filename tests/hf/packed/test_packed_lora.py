@@ -122,3 +122,25 @@ def test_the_adapters_of_transformers(models: tuple[Any, Any]) -> None:
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[3])
     assert not torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_packed_module_to_be_trained_whole_is_refused(models: tuple[Any, Any], name: str) -> None:
+    with pytest.raises(BadInput, match="packed weights cannot be changed"):
+        adapted(models[1], modules_to_save=[name])
+
+
+def test_a_dense_module_is_trained_whole(models: tuple[Any, Any]) -> None:
+    model = adapted(models[1], modules_to_save=["norm"])
+    before = model.base_model.model.model.norm.weight.clone()
+    train(model)
+    assert not torch.equal(model.base_model.model.model.norm.weight, before)
+
+
+def test_prepared_as_quantized_models_are(models: tuple[Any, Any]) -> None:
+    """PEFT casts to fp32 all that it sees, which packed weights are not."""
+    packed = peft.prepare_model_for_kbit_training(models[1], use_gradient_checkpointing=False)
+    packed = adapted(packed)
+    assert {parameter.dtype for parameter in packed.parameters()} == {torch.float32}
+    assert train(packed, 3)[-1] == pytest.approx(train(adapted(models[0]), 3)[-1], rel=0.02)
+    assert packed(IDS).logits.dtype == torch.float32

@@ -65,7 +65,7 @@ def test_one_launch_gives_what_each_gives(both: tuple[Any, Any], gpu: list[str])
         for one, other in zip(found, expected, strict=True):
             assert one.is_contiguous()
             assert torch.equal(one, other)
-        assert together.get_submodule(f"{names[0]}_proj").group.x is None  # nothing is held
+        assert together.get_submodule(f"{names[0]}_proj").group.last is None  # nothing is held
 
 
 @torch.no_grad()
@@ -95,7 +95,34 @@ def test_cross_attention_is_taken_apart(both: tuple[Any, Any], gpu: list[str]) -
         for name, given in (("q_proj", x), ("k_proj", other), ("v_proj", other)):
             assert torch.equal(getattr(together, name)(given), getattr(apart, name)(given))
         assert launches(gpu) == 6  # three of each
-    assert together.q_proj.group.x is None
+    assert together.q_proj.group.last is None
+
+
+class Switching(torch.Tensor):
+    """When its changes are first counted, another thread gets its turn."""
+
+    switch: Callable[[], None] | None = None
+
+    @property
+    def _version(self) -> int:
+        switch, self.switch = self.switch, None
+        if switch:
+            switch()
+        return 0
+
+
+@torch.no_grad()
+def test_threads_may_share_a_model(both: tuple[Any, Any], gpu: list[str]) -> None:
+    apart, together = map(attention, both)
+    x, other = torch.randn(2, 2, 64).bfloat16()
+    x = x.as_subclass(Switching)
+    x.switch = lambda: found.append(together.q_proj(other))
+    found: list[torch.Tensor] = []
+    found += [getattr(together, name)(x) for name in ("q_proj", "k_proj", "v_proj")]
+    expected = [apart.q_proj(other)]
+    expected += [getattr(apart, name)(x) for name in ("q_proj", "k_proj", "v_proj")]
+    for one, good in zip(found, expected, strict=True):
+        assert torch.equal(one, good)
 
 
 def test_each_computes_its_own_where_products_are_not_fused(
@@ -114,7 +141,7 @@ def test_each_computes_its_own_where_products_are_not_fused(
     with torch.inference_mode():
         x = torch.ones(2, 64).bfloat16()
         assert torch.equal(together.k_proj(x), apart.k_proj(x))
-    assert attention(both[1]).q_proj.group.x is None
+    assert attention(both[1]).q_proj.group.last is None
 
 
 def test_the_weights_of_each_are_its_rows(both: tuple[Any, Any]) -> None:

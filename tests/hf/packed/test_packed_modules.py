@@ -65,6 +65,28 @@ def test_tied_weights_stay_one(tiny_llama_tied: Path, pack_model: Pack) -> None:
         assert same(model(IDS).logits, dense(IDS).logits)
 
 
+def test_tying_what_is_tied_changes_nothing(tiny_llama_tied: Path, pack_model: Pack) -> None:
+    dense = load(tiny_llama_tied)
+    packed = pack_model(copy.deepcopy(dense))
+    packed.tie_weights()
+    packed.resize_token_embeddings(dense.config.vocab_size)
+    assert packed.lm_head.packed is packed.model.embed_tokens.packed
+    assert same(packed(IDS).logits, dense(IDS).logits)
+    assert packed.state_dict().keys() == pack_model(dense).state_dict().keys()
+
+
+def test_what_is_not_tied_stays_so(tiny_llama: Path, pack_model: Pack) -> None:
+    dense = load(tiny_llama)
+    packed = pack_model(copy.deepcopy(dense))
+    packed.config.tie_word_embeddings = True
+    with pytest.raises(BadInput, match="packed weights cannot be changed; .* to merge, tie"):
+        packed.tie_weights()
+    packed.config.tie_word_embeddings = False
+    with pytest.raises(BadInput, match="packed weights cannot be changed; .* resize"):
+        packed.resize_token_embeddings(dense.config.vocab_size + 8)
+    assert same(packed(IDS).logits, dense(IDS).logits)
+
+
 class Scaled(nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input) * 3
@@ -150,6 +172,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "parameter": lambda m: nn.Parameter(m.weight).data.add_(1),
     "trained": lambda m: m.weight.requires_grad_(),
     "module trained": lambda m: m.requires_grad_(),
+    "all of it trained": lambda m: [p.requires_grad_() for p in m.parameters()],
 }
 
 
@@ -160,6 +183,19 @@ def test_a_change_of_a_weight_is_never_lost(change: str, weight: Make) -> None:
     with pytest.raises(BadInput, match="packed weights cannot be changed; load the model"):
         CHANGES[change](held)
     assert same(held.weight.clone(), dense.weight)
+
+
+def test_a_float32_input_is_cast_and_its_output_back(form: str, weight: Make) -> None:
+    held, dense = linear(weight, form)
+    x = weight(3, 130, seed=1)
+    y = held(x.float())
+    assert y.dtype == torch.float32
+    assert torch.equal(y, dense(x).float())
+    held.bias.data = held.bias.data.float()
+    assert torch.equal(held(x.float()), y)
+    held.bias.data = held.bias.data.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(held(x.float()), dense(x.float()))
 
 
 @pytest.mark.parametrize("cast", ["half", "float", "double"])
@@ -212,7 +248,7 @@ def test_stored_weights_are_packed_anew_for_a_gpu(
     monkeypatch.setattr(forms, "on_gpu", lambda tensor: False)
     held, dense = linear(weight)
     monkeypatch.setattr(forms, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(modules, "form_for", lambda device: "dense")
+    monkeypatch.setattr(modules, "form_for", lambda device, dtype: "dense")
     tied = copy.copy(held)
     tied._buffers = dict(held._buffers)
     both = nn.ModuleList([held, tied])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,6 +71,39 @@ def test_only_the_segments_that_are_asked_for_are_decoded(
     ops.embedding(torch.tensor([1500]), packed, ints)
     assert len(decoded) == 1
     assert decoded[0] < 0.4 * packed.numel()
+
+
+def test_lent_memory_is_used_again_and_by_nobody_else(weight: Make) -> None:
+    large, small = weight(300, 64), weight(40, 64)
+    with forms.lent_rows(*made(large, "stored"), 0, 300) as first:
+        assert same(first, large)
+        place = first.data_ptr()
+        with forms.lent_rows(*made(small, "stored"), 0, 40) as other:
+            assert same(other, small)
+            assert not place <= other.data_ptr() < place + large.nbytes
+        assert same(first, large)
+    with forms.lent_rows(*made(small, "stored"), 0, 40) as again:
+        assert same(again, small)
+        assert again.data_ptr() == place
+
+
+def test_products_keep_nothing_that_is_lent(weight: Make) -> None:
+    tensors, x = [weight(64, 64), -weight(64, 64)], weight(1, 64)
+    products = [ops.linear(x, *made(tensor, "stored"), None, 0, 64, False) for tensor in tensors]
+    for tensor, product in zip(tensors, products, strict=True):
+        assert same(product, functional.linear(x, tensor))
+
+
+def test_threads_multiply_side_by_side(weight: Make) -> None:
+    tensors, x = [weight(256, 64) * scale for scale in (1, 2, -1, 4)], weight(3, 64)
+    given = [made(tensor, "stored") for tensor in tensors]
+
+    def product(i: int) -> torch.Tensor:
+        return ops.linear(x, *given[i % 4], None, 0, 256, False)
+
+    with ThreadPoolExecutor(4) as pool:
+        for i, found in enumerate(pool.map(product, range(64))):
+            assert same(found, functional.linear(x, tensors[i % 4]))
 
 
 def test_a_tensor_of_experts_is_a_matrix_of_all_their_rows(form: str, weight: Make) -> None:
@@ -146,6 +180,26 @@ def test_under_autocast(form: str, weight: Make) -> None:
     assert x.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_compiled_under_autocast(dtype: torch.dtype, weight: Make) -> None:
+    tensor, x = weight(70, 20), weight(3, 20, seed=1).float()
+    bias, (packed, ints) = weight(70, seed=2).float(), made(tensor, "fast")
+
+    @torch.compile(backend="aot_eager")
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        return ops.linear(x, packed, ints, bias, 0, 70, False)
+
+    with torch.autocast("cpu", dtype):
+        assert same(compiled(x), functional.linear(x, tensor, bias))
+        assert same(ops.linear(x, packed, ints, bias, 0, 70, False), compiled(x))
+
+
+def test_a_lookup_under_autocast_of_another_dtype(form: str, weight: Make) -> None:
+    tensor, ids = weight(70, 20), torch.tensor([[69, 3], [40, 3]])
+    with torch.autocast("cpu", torch.float16):
+        assert same(ops.embedding(ids, *made(tensor, form)), tensor[ids])
+
+
 @pytest.mark.parametrize("bad", [-1, 70])
 def test_an_id_that_is_no_row(form: str, weight: Make, bad: int) -> None:
     packed, ints = made(weight(70, 20), form)
@@ -196,8 +250,15 @@ def test_the_form_for_a_device(
     names = ("memory_clock_rate", "memory_bus_width", "clock_rate", "multi_processor_count")
     gpu = SimpleNamespace(**dict(zip(names, properties, strict=True)))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    assert forms.form_for(torch.device("cuda", 1)) == form
-    assert forms.form_for(torch.device("cpu")) == "stored"
+    assert forms.form_for(torch.device("cuda", 1), torch.bfloat16) == form
+    assert forms.form_for(torch.device("cuda", 1), torch.float16) == "dense"
+    assert forms.form_for(torch.device("cpu"), torch.float16) == "stored"
+
+
+def test_why_fp16_is_not_packed_fast(weight: Callable[..., torch.Tensor]) -> None:
+    tensor = weight(256, 256, dtype=torch.float16)
+    assert forms.pack(tensor, "fast") is None
+    assert forms.pack(tensor, "dense") is not None
 
 
 @pytest.mark.slow

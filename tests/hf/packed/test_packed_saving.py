@@ -13,8 +13,10 @@ import transformers
 from transformers import AutoModel, AutoModelForCausalLM
 
 from compress import checkpoint, codec
+from compress.errors import Corrupt
 from compress.hf.packed import Packed
 from compress.hf.quantizer import EntropressConfig
+from compress.pipeline import decompress
 
 BF16, F16 = torch.bfloat16, torch.float16
 SIZES = {
@@ -193,3 +195,19 @@ def test_of_adapters_only_they_are_saved(kit, tmp_path):
     held = safetensors.torch.load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert len(held) == 8
     assert all("lora_" in name for name in held)
+
+
+def test_it_can_be_decompressed_without_a_manifest(kit, tmp_path):
+    dense, coded = save(kit, LLAMA, tmp_path)
+    packed(coded).save_pretrained(tmp_path / "saved")
+    plain = raw(decompress(tmp_path / "saved", tmp_path / "plain"))
+    expected = raw(dense)
+    assert plain.keys() == expected.keys()
+    for name, tensor in plain.items():
+        assert torch.equal(tensor.view(torch.int16), expected[name].view(torch.int16)), name
+    shard = tmp_path / "saved" / "model.safetensors"
+    tensors = safetensors.torch.load_file(shard)
+    del tensors["model.norm.weight"]
+    safetensors.torch.save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(Corrupt):
+        decompress(tmp_path / "saved", tmp_path / "other")
