@@ -7,6 +7,7 @@ to the bias, and the backward pass decodes again instead of keeping what was dec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,33 +20,62 @@ _MOST_FUSED = 8  # rows of x: with more, decoding once and a library's product i
 _RUN = 1 << 20  # weights decoded at once for a lookup, as many as a stored segment holds
 
 
+_LIBRARY = torch.library.Library("entropress", "FRAGMENT")  # what it holds lasts as long as it
+
+
+def _operator(schema: str, fake: Callable[..., torch.Tensor]) -> Callable[[Any], Any]:
+    """Makes an operator of a function; ``fake`` says what it gives from shapes alone.
+
+    `torch.library.custom_op` does too, but each call of one takes twice as long, which a GPU that
+    decodes token by token would wait for.
+    """
+
+    def define(function: Callable[..., torch.Tensor]) -> Any:
+        name = function.__name__
+        _LIBRARY.define(name + schema)
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"entropress::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.entropress, name).default
+
+    return define
+
+
 def fuses(x: torch.Tensor, packed: torch.Tensor, layout: list[int]) -> bool:
     """Whether the product with ``x`` (..., cols) can be taken from the packed bytes themselves."""
     rows = x.numel() // layout[3]
     return on_gpu(packed) and x.dtype == dtype_of(layout) and 1 <= rows <= _MOST_FUSED
 
 
-@torch.library.custom_op(
-    "entropress::unpack",
-    mutates_args=(),
-    schema="(Tensor packed, int[] layout, int first_row, int rows) -> Tensor",
-)
+def _fake_unpack(
+    packed: torch.Tensor, layout: list[int], first_row: int, rows: int
+) -> torch.Tensor:
+    return packed.new_empty((rows, layout[3]), dtype=dtype_of(layout))
+
+
+@_operator("(Tensor packed, int[] layout, int first_row, int rows) -> Tensor", _fake_unpack)
 def unpack(packed: torch.Tensor, layout: list[int], first_row: int, rows: int) -> torch.Tensor:
     """The weight's rows from ``first_row``, (rows, cols)."""
     found = rows_of(packed, layout, first_row, rows)
     return found.clone() if found.storage_offset() else found  # fake tensors begin at 0
 
 
-@unpack.register_fake
-def _(packed: torch.Tensor, layout: list[int], first_row: int, rows: int) -> torch.Tensor:
-    return packed.new_empty((rows, layout[3]), dtype=dtype_of(layout))
+def _fake_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    layout: list[int],
+    bias: torch.Tensor | None,
+    first_row: int,
+    rows: int,
+    fused: bool,
+) -> torch.Tensor:
+    weight = packed.new_empty((rows, layout[3]), dtype=dtype_of(layout))
+    return functional.linear(x, weight, bias)
 
 
-@torch.library.custom_op(
-    "entropress::linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor packed, int[] layout, Tensor? bias, int first_row, int rows, "
-    "bool fused) -> Tensor",
+@_operator(
+    "(Tensor x, Tensor packed, int[] layout, Tensor? bias, int first_row, int rows, bool fused) "
+    "-> Tensor",
+    _fake_linear,
 )
 def linear(
     x: torch.Tensor,
@@ -70,20 +100,6 @@ def linear(
     return y.view(*x.shape[:-1], rows)
 
 
-@linear.register_fake
-def _(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    layout: list[int],
-    bias: torch.Tensor | None,
-    first_row: int,
-    rows: int,
-    fused: bool,
-) -> torch.Tensor:
-    weight = packed.new_empty((rows, layout[3]), dtype=dtype_of(layout))
-    return functional.linear(x, weight, bias)
-
-
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, packed, ctx.layout, bias, ctx.first_row, ctx.rows, _ = inputs
     ctx.dtypes = x.dtype, None if bias is None else bias.dtype
@@ -102,7 +118,9 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return to_x, None, None, to_bias, None, None, None
 
 
-linear.register_autograd(_backward, setup_context=_remember)
+torch.library.register_autograd(
+    "entropress::linear", _backward, setup_context=_remember, lib=_LIBRARY
+)
 
 
 def _under_autocast(
@@ -128,16 +146,15 @@ def _under_autocast(
         return functional.linear(x, unpack(packed, layout, first_row, rows).to(dtype), bias)
 
 
-_AUTOCAST = torch.library.Library("entropress", "FRAGMENT")  # what it holds lasts as long as it
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    _AUTOCAST.impl("linear", _under_autocast, _key)
+    _LIBRARY.impl("linear", _under_autocast, _key)
 
 
-@torch.library.custom_op(
-    "entropress::embedding",
-    mutates_args=(),
-    schema="(Tensor ids, Tensor packed, int[] layout) -> Tensor",
-)
+def _fake_embedding(ids: torch.Tensor, packed: torch.Tensor, layout: list[int]) -> torch.Tensor:
+    return packed.new_empty((*ids.shape, layout[3]), dtype=dtype_of(layout))
+
+
+@_operator("(Tensor ids, Tensor packed, int[] layout) -> Tensor", _fake_embedding)
 def embedding(ids: torch.Tensor, packed: torch.Tensor, layout: list[int]) -> torch.Tensor:
     """The weight's rows ``ids`` (integers of any shape), (*ids.shape, cols).
 
@@ -160,8 +177,3 @@ def embedding(ids: torch.Tensor, packed: torch.Tensor, layout: list[int]) -> tor
         decoded = rows_of(packed, layout, k * run, min(run, rows - k * run))
         found[at] = decoded[wanted[at] - k * run]
     return found.view(*ids.shape, cols)
-
-
-@embedding.register_fake
-def _(ids: torch.Tensor, packed: torch.Tensor, layout: list[int]) -> torch.Tensor:
-    return packed.new_empty((*ids.shape, layout[3]), dtype=dtype_of(layout))
