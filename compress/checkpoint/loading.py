@@ -74,6 +74,7 @@ def load_model(
     `BadInput` when transformers does not know the architecture.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, GenerationConfig
 
     spread = device == "auto" and torch.cuda.is_available()
@@ -99,8 +100,9 @@ def load_model(
         if tensors is not None and model.can_generate():  # the loader was not told where to look
             with suppress(OSError):
                 model.generation_config = GenerationConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"transformers cannot load it: {error}", where=directory) from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise BadInput(f"transformers cannot load it: {said}", where=directory) from error
     for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info[keys])):
             raise Corrupt(

@@ -63,3 +63,11 @@ def test_an_unknown_architecture_and_no_tokenizer(llama):
         (llama / "config.json").write_text(config)
         with pytest.raises(BadInput, match="transformers cannot load it"):
             checkpoint.open(llama).load_model()
+
+
+def test_a_config_that_transformers_refuses_is_told_in_one_line(llama):
+    path = llama / "config.json"
+    path.write_text(path.read_text().replace('"hidden_size": ', '"hidden_size": "wide", "was": '))
+    with pytest.raises(BadInput, match="transformers cannot load it.*hidden_size") as error:
+        checkpoint.open(llama).load_model()
+    assert "\n" not in str(error.value)
