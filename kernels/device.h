@@ -28,6 +28,17 @@ struct Weight {
   __device__ __forceinline__ const u32* escapes() const { return at<u32>(extra_at); }
 };
 
+// The sum over the lanes of a warp that stand before this one.
+__device__ __forceinline__ u32 sum_before(u32 own) {
+  const u32 lane = threadIdx.x % 32;
+  u32 sum = own;
+  for (u32 step = 1; step < kRows; step *= 2) {
+    const u32 below = __shfl_up_sync(kAll, sum, step);
+    if (lane >= step) sum += below;
+  }
+  return sum - own;
+}
+
 // One lane's row of one tile. `Raw` is what a group of 16 weights loads, so that loads can run ahead of decoding.
 struct FastLane {
   static constexpr bool kEscapes = true;
@@ -94,15 +105,8 @@ struct DenseLane {
   // All lanes of a warp, for the same tile.
   __device__ __forceinline__ DenseLane(const Weight& w, const Shared& shared, u32 row_tile, u32 col_tile, u32 lane,
                                        bool active)
-      : DenseLane(w, shared, row_tile, col_tile, lane, active, [&](const u8* length) {
-          const u32 own = __ldg(length + lane);
-          u32 sum = own;
-          for (u32 step = 1; step < kRows; step *= 2) {
-            const u32 below = __shfl_up_sync(kAll, sum, step);
-            if (lane >= step) sum += below;
-          }
-          return sum - own;
-        }) {}
+      : DenseLane(w, shared, row_tile, col_tile, lane, active,
+                  [&](const u8* length) { return sum_before(__ldg(length + lane)); }) {}
   // A thread by itself: `start` gives, from the lengths of the tile's lanes, the sum of those before this one.
   template <class Start>
   __device__ __forceinline__ DenseLane(const Weight& w, const Shared& shared, u32 row_tile, u32 col_tile, u32 lane,

@@ -32,17 +32,8 @@ struct Tile {
   }
 };
 
-// The sum over the lanes of a warp that stand before this one; `all`: over the whole warp.
-__device__ __forceinline__ u32 sum_before(u32 own, u32& all) {
-  const u32 lane = threadIdx.x % 32;
-  u32 sum = own;
-  for (u32 step = 1; step < kRows; step *= 2) {
-    const u32 below = __shfl_up_sync(kAll, sum, step);
-    if (lane >= step) sum += below;
-  }
-  all = __shfl_sync(kAll, sum, kRows - 1);
-  return sum - own;
-}
+// The sum over all lanes of a warp.
+__device__ __forceinline__ u32 sum_all(u32 own) { return __shfl_sync(kAll, sum_before(own) + own, kRows - 1); }
 
 // The low bytes of 16 columns of a lane's row; `byte(c)` gives that of column c of the tile.
 template <class Byte>
@@ -94,9 +85,9 @@ extern "C" __global__ void __launch_bounds__(128) pack_measure_fast(const unsign
                                                                     unsigned* __restrict__ escapes) {
   __shared__ u32 staged[kTiles][kRows * kTileRow];
   const Tile tile({rows, cols}, words, staged[threadIdx.x / 32]);
-  u32 own = 0, all;
+  u32 own = 0;
   for (u32 c = 0; tile.active && c < tile.width; c++) own += __ldg(rank + (tile.words[c] >> 8)) == kEscape;
-  sum_before(own, all);
+  const u32 all = sum_all(own);
   if (tile.any && threadIdx.x % 32 == 0) escapes[tile.number] = all;
 }
 
@@ -110,8 +101,7 @@ extern "C" __global__ void __launch_bounds__(128) pack_measure_dense(const unsig
   __shared__ u32 staged[kTiles][kRows * kTileRow];
   const Tile tile({rows, cols}, words, staged[threadIdx.x / 32]);
   const u32 bytes = tile.active ? (dense_bits(tile.words, tile.width, code) + 7) / 8 : 0;
-  u32 all;
-  sum_before(bytes, all);
+  const u32 all = sum_all(bytes);
   if (!tile.any) return;
   lengths[(u64)tile.number * kRows + threadIdx.x % 32] = (u8)bytes;
   if (threadIdx.x % 32 == 0) units[tile.number] = (all + 15) / 16;
@@ -124,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(128) pack_write_fast(EP_BLOB_OUT, c
   const Shape shape{rows, cols};
   const Tile tile(shape, words, staged[threadIdx.x / 32]);
   const u32 lane = threadIdx.x % 32;
-  u32 own = 0, all;
+  u32 own = 0;
   for (u32 group = 0; group * kGroup < tile.width; group++) {
     u32 ranks[2] = {};
 #pragma unroll
@@ -141,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(128) pack_write_fast(EP_BLOB_OUT, c
       return __ldg(rank + (tile.words[c] >> 8)) == kEscape ? 0u : tile.words[c] & 255u;
     });
   }
-  const u32 before = sum_before(own, all);
+  const u32 before = sum_before(own);
   if (!own) return;
   u32* to = (u32*)(blob + (u64)extra * 16) + ((const u32*)(blob + (u64)index * 16))[tile.number] + before;
   for (u32 c = 0; c < tile.width; c++)
@@ -156,9 +146,7 @@ extern "C" __global__ void __launch_bounds__(128) pack_write_dense(EP_BLOB_OUT,
   const Shape shape{rows, cols};
   const Tile tile(shape, words, staged[threadIdx.x / 32]);
   const u32 lane = threadIdx.x % 32;
-  u32 all;
-  const u32 before = sum_before(
-      tile.any ? (blob + (u64)extra * 16)[(u64)tile.number * kRows + lane] : 0, all);
+  const u32 before = sum_before(tile.any ? (blob + (u64)extra * 16)[(u64)tile.number * kRows + lane] : 0);
   for (u32 group = 0; group * kGroup < tile.width; group++)
     ((uint4*)(blob + (u64)low * 16))[shape.group_at(tile.row_tile, tile.col_tile * (kCols / kGroup) + group, lane)] =
         low_bytes(tile, group, [&](u32 c) { return rotate_left(tile.words[c]) & 255; });

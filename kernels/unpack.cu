@@ -63,7 +63,7 @@ __device__ __forceinline__ void unpack(const Weight& w, u32 first, u32 n_rows, u
   }
 }
 
-// Escaped weights decode to 0; here they get their words.
+// Escaped weights decode to 0; here they get their words, behind the barrier of the warp that ends `unpack`.
 __device__ __forceinline__ void patch(const Weight& w, u32 first, u32 n_rows, u16* __restrict__ out) {
   const u32 col_tiles = w.shape.col_tiles(), tile = blockIdx.x * kWarps + threadIdx.x / 32;
   const u32 row0 = tile / col_tiles * kRows, col0 = tile % col_tiles * kCols;
@@ -112,7 +112,6 @@ extern "C" __global__ void __launch_bounds__(128) unpack_fast(EP_BLOB, unsigned 
                                                               unsigned short* __restrict__ out) {
   const Weight w = EP_BLOB_GIVEN;
   unpack<FastLane>(w, first, n_rows, out);
-  __syncwarp();
   patch(w, first, n_rows, out);
 }
 
