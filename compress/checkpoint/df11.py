@@ -63,9 +63,8 @@ class DF11Checkpoint(Checkpoint):
 
         if name not in self._places:
             return super().read(name)
-        words = torch.from_numpy(
-            self._words(name).copy()
-        )  # the unit's are those of its next reader
+        # A copy, for the unit's are those of its next reader.
+        words = torch.from_numpy(self._words(name).copy())
         return words.view(torch.bfloat16).reshape(self._places[name][1].shape)
 
     def load_model(self, dtype: Any = "auto", device: Any = "cpu") -> Any:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Buffer
 
-__all__ = ["backend", "decode", "decode_stream", "encode", "predict", "read_header"]
+__all__ = ["backend", "decode", "decode_part", "decode_stream", "encode", "predict", "read_header"]
 
 _RUN = 1 << 24  # bytes handed to the backend at once, rounded to whole groups
 
@@ -128,6 +128,50 @@ def decode(
             threads_or_all(threads),
         )
     return out
+
+
+def decode_part(
+    blob: Buffer, begin: int, end: int, name: str | None = None, threads: int | None = None
+) -> np.ndarray:
+    """The decoded bytes of words ``begin`` to ``end`` of a coded tensor, as 1-D uint8.
+
+    Only the segments that hold any of them are decoded. Raises as `decode`, `ValueError` for words
+    that the tensor does not have.
+    """
+    import numpy as np
+
+    data = np.frombuffer(memoryview(blob), np.uint8)
+    header = parse_header(data.data, name)
+    if not 0 <= begin <= end <= header.words:
+        raise ValueError(f"words {begin} to {end} of {header.words}")
+    at, word = header.size, 0
+    first, skipped = at, 0
+    while word < end:
+        head = parse_head(
+            data[at : at + HEAD.size].data,
+            header.words - word,
+            header.width,
+            header.block_log2,
+            name,
+        )
+        at, word = at + head.size, word + head.words
+        if word <= begin:
+            first, skipped = at, word
+    if data.size < at + TAIL:
+        raise _truncated(name)
+    out = _allocate((word - skipped) * header.width, name)
+    with _naming(name):
+        choose().decode(
+            data[first:],
+            at - first,
+            word - skipped,
+            header.width,
+            header.rotate,
+            header.block_log2,
+            out,
+            threads_or_all(threads),
+        )
+    return out[(begin - skipped) * header.width : (end - skipped) * header.width]
 
 
 def decode_stream(

@@ -12,12 +12,12 @@ from transformers.utils.quantization_config import CompressedTensorsConfig, Quan
 
 from compress.checkpoint import QUANT_METHOD
 from compress.errors import BadInput, did_you_mean
+from compress.hf.packed import EXACT, FORMS
 from compress.hf.quantized import COMPRESSED_TENSORS
 
 CODED_QUANTIZED = f"{QUANT_METHOD}/{COMPRESSED_TENSORS}"
 PLAIN = "decompress it first (`entropress decompress IN OUT`)"
-_FORMS = ("auto", "stored", "fast", "dense")
-_EXACT = ("logits", "weights")
+_PACKED = ("auto", *FORMS)
 _LOADING = ("skip", "tokens", "packed", "exact")  # what a user says, and no checkpoint
 
 
@@ -48,8 +48,8 @@ class EntropressConfig(QuantizationConfigMixin):
     ) -> None:
         packed = "auto" if packed is True else packed
         if packed is not False:
-            _check_known("packed", packed, _FORMS)
-        _check_known("exact", exact, _EXACT)
+            _check_known("packed", packed, _PACKED)
+        _check_known("exact", exact, EXACT)
         if members and "quant_method" not in members:  # not a checkpoint's
             option = next(iter(members))
             raise BadInput(

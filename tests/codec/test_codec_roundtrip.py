@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compress import codec
-from compress.errors import BadInput
+from compress.errors import BadInput, Corrupt
 
 DTYPES = ["BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"]
 DTYPES += ["I16", "U16", "I32", "U32", "I64", "U64", "C64", "F8_E8M0"]
@@ -32,6 +32,9 @@ def check_round_trip(dtype, shape, data):
     pieces = codec.decode_stream(io.BytesIO(blob).read, len(blob), "w")
     assert b"".join(piece.tobytes() for piece in pieces) == data
     assert codec.predict(dtype, [data], shape) == len(blob)
+    begin, end = header.words // 3, header.words - header.words // 4
+    part = codec.decode_part(blob, begin, end, "w").tobytes()
+    assert part == data[begin * header.width : end * header.width]
     return blob
 
 
@@ -167,3 +170,26 @@ def test_what_the_format_cannot_hold():
         codec.encode("w", "U8", (1,) * 9, [b"a"])
     with pytest.raises(BadInput, match="do not fill whole bytes"):
         codec.encode("w", "F4", (3,), [b"ab"])
+
+
+def test_a_part_needs_the_segments_that_hold_it_and_no_others(fast_backend):
+    words = np.random.default_rng(0).integers(0, 1 << 14, 5 << 19, dtype=np.uint16)
+    blob = bytearray(coded("U16", words.shape, words.tobytes()))
+    third = 1 << 20  # words of a segment
+    for begin, end in (
+        (0, 1),
+        (third - 1, third + 1),
+        (third, 2 * third),
+        (words.size, words.size),
+    ):
+        part = codec.decode_part(blob, begin, end).view("<u2")
+        assert np.array_equal(part, words[begin:end])
+    blob[len(blob) // 10] ^= 1
+    last = codec.decode_part(blob, 2 * third, words.size).view("<u2")
+    assert np.array_equal(last, words[2 * third :])
+    with pytest.raises(Corrupt):
+        codec.decode_part(blob, third - 1, third + 1)
+    with pytest.raises(Corrupt):
+        codec.decode_part(blob[: len(blob) - 9], 0, words.size)
+    with pytest.raises(ValueError, match="words"):
+        codec.decode_part(blob, 0, words.size + 1)

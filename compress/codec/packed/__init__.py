@@ -9,7 +9,7 @@ from __future__ import annotations
 from compress.codec.packed import cuda
 from compress.codec.packed.api import check, pack, seal, unpack
 from compress.codec.packed.choice import choose
-from compress.codec.packed.layout import DTYPES, HEADER, LAYOUTS, Layout, parse, plan
+from compress.codec.packed.layout import DTYPES, HEADER, LAYOUTS, TILE_ROWS, Layout, parse, plan
 from compress.codec.packed.nvrtc import compiler
 from compress.codec.packed.selftest import SelfTest, self_test
 from compress.codec.packed.tables import Tables, tables
@@ -18,6 +18,7 @@ __all__ = [
     "DTYPES",
     "HEADER",
     "LAYOUTS",
+    "TILE_ROWS",
     "Layout",
     "SelfTest",
     "Tables",

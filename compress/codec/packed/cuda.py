@@ -178,7 +178,8 @@ def pack(
     import torch
 
     rows, cols = weight.shape
-    dtype = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(weight.dtype, str(weight.dtype))
+    kinds = {found: kind for kind, found in dtypes().items()}
+    dtype = kinds.get(weight.dtype, str(weight.dtype))
     check_kind(layout, dtype, rows, cols, where)
     device, words, dense = weight.device, weight.contiguous().view(torch.int16), layout == "dense"
     launch = launcher(device).launch
@@ -211,11 +212,16 @@ def pack(
     return blob, planned
 
 
-def torch_dtype(layout: Layout) -> torch.dtype:
-    """The dtype of the weights."""
+def dtypes() -> dict[str, torch.dtype]:
+    """What torch calls the dtypes that can be packed."""
     import torch
 
-    return {"BF16": torch.bfloat16, "F16": torch.float16}[layout.dtype]
+    return {"BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def torch_dtype(layout: Layout) -> torch.dtype:
+    """The dtype of the weights."""
+    return dtypes()[layout.dtype]
 
 
 def _warps(col_tiles: int, row_tiles: int, padded: int, multiprocessors: int) -> int:

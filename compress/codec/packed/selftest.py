@@ -134,7 +134,7 @@ def _products(dtype: str, layout: str, device: torch.device) -> Iterator[tuple[s
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    torch_type = {"BF16": torch.bfloat16, "F16": torch.float16}[dtype]
+    torch_type = cuda.dtypes()[dtype]
 
     def integers(*shape: int) -> torch.Tensor:
         return torch.randint(-8, 9, shape, generator=generator).to(torch_type)

@@ -10,18 +10,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from compress.codec import packed
+
 if TYPE_CHECKING:
-    from compress.hf.packed.forms import FORMS, check, dtype_of, form_for, form_of, pack, rows_of
+    from compress.hf.packed.forms import check, dtype_of, form_for, form_of, pack, rows_of
     from compress.hf.packed.merged import merge
     from compress.hf.packed.modules import Packed, Packing, adopt
 
+FORMS = ("stored", *packed.LAYOUTS)
+EXACT = ("logits", "weights")  # what is bit for bit that of the dense model
+
 _PLACES = {
-    "forms": ("FORMS", "check", "dtype_of", "form_for", "form_of", "pack", "rows_of"),
+    "forms": ("check", "dtype_of", "form_for", "form_of", "pack", "rows_of"),
     "merged": ("merge",),
     "modules": ("Packed", "Packing", "adopt"),
 }
 
 __all__ = [
+    "EXACT",
     "FORMS",
     "Packed",
     "Packing",

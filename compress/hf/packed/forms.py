@@ -7,27 +7,31 @@ is never read for a header. Tensors of more dimensions than two are matrices of 
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from math import prod
 
 import numpy as np
 import torch
 
-from compress.codec import HEADER_MAX, Header, decode, encode, packed, read_header
+from compress.codec import (
+    HEADER_MAX,
+    MAGIC,
+    Header,
+    decode,
+    decode_part,
+    encode,
+    packed,
+    read_header,
+)
 from compress.errors import BadInput, Corrupt, did_you_mean
+from compress.hf.packed import FORMS
 
-FORMS = ("stored", *packed.LAYOUTS)
 STORED = 0
-TILE_ROWS = 32
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
-_MAGIC = b"EPTR"
+DTYPES = packed.cuda.dtypes()
 _LENDING = threading.Lock()  # of the array below
 _lent = np.empty(0, np.uint8)
-_SEGMENT = struct.Struct("<IIQ")  # docs/FORMAT.md: blocks, bytes before the payload, payload
 
 
 def form_of(ints: list[int]) -> str:
@@ -37,7 +41,7 @@ def form_of(ints: list[int]) -> str:
 
 def dtype_of(ints: list[int]) -> torch.dtype:
     """The dtype of the weights."""
-    return _DTYPES[packed.DTYPES[ints[1] - 1]]
+    return DTYPES[packed.DTYPES[ints[1] - 1]]
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
@@ -85,7 +89,7 @@ def pack(
     """
     if form not in FORMS:
         raise BadInput(f"unknown form '{form}' of packed weights", mend=did_you_mean(form, FORMS))
-    kind = next((kind for kind, dtype in _DTYPES.items() if dtype == tensor.dtype), None)
+    kind = next((kind for kind, dtype in DTYPES.items() if dtype == tensor.dtype), None)
     if kind is None or tensor.dim() < 2 or not tensor.numel():
         return None
     matrix = tensor.detach().reshape(-1, tensor.shape[-1]).contiguous()
@@ -131,7 +135,7 @@ def check(blob: torch.Tensor, where: str | None = None) -> list[int]:
         got = f"{str(blob.dtype).removeprefix('torch.')} {tuple(blob.shape)}"
         raise Corrupt("is no packed weight", where=where, got=got, expected="uint8 (n,)")
     data = blob.detach().cpu().contiguous().numpy()
-    if data[:4].tobytes() != _MAGIC:
+    if data[:4].tobytes() != MAGIC:
         return packed.check(data, where).ints()
     try:
         decode(data)
@@ -153,7 +157,7 @@ def rows_of(
     rows = ints[2] - first_row if rows is None else rows
     if ints[0] == STORED:
         return _stored_rows(blob, ints, first_row, rows)
-    before = first_row % TILE_ROWS
+    before = first_row % packed.TILE_ROWS
     first_row -= before
     if on_gpu(blob):
         layout = packed.Layout.from_ints(ints)
@@ -196,27 +200,5 @@ def _stored_ints(header: Header, nbytes: int) -> list[int] | None:
 
 def _stored_rows(blob: torch.Tensor, ints: list[int], first_row: int, rows: int) -> torch.Tensor:
     cols = ints[3]
-    data = blob.numpy()
-    header = read_header(data[:HEADER_MAX].data)
-    begin, end = first_row * cols, (first_row + rows) * cols
-    skipped = 0
-    if end - begin < header.words:
-        data, skipped = _only(data, header, begin, end)
-    words = torch.from_numpy(decode(data)).view(dtype_of(ints))
-    return words[begin - skipped : end - skipped].view(rows, cols)
-
-
-def _only(data: np.ndarray, header: Header, begin: int, end: int) -> tuple[np.ndarray, int]:
-    """A coded tensor of the segments that hold words ``begin`` to ``end``, and the words before."""
-    at, word = header.size, 0
-    start, skipped = at, 0
-    while word < end:
-        blocks, meta, payload = _SEGMENT.unpack_from(data, at)
-        words = min(blocks << header.block_log2, header.words - word)
-        at, word = at + meta + payload, word + words
-        if word <= begin:
-            start, skipped = at, word
-    part = replace(header, shape=(word - skipped,), words=word - skipped)
-    tail = part.tail(part.size + at - start)
-    pieces = [np.frombuffer(part.pack(), np.uint8), data[start:at], np.frombuffer(tail, np.uint8)]
-    return np.concatenate(pieces), skipped
+    data = decode_part(blob.numpy(), first_row * cols, (first_row + rows) * cols)
+    return torch.from_numpy(data).view(dtype_of(ints)).view(rows, cols)

@@ -23,7 +23,7 @@ from compress import codec
 from compress.errors import BadInput, Missing
 from compress.hf.packed import experts, forms, merged, modules
 
-HALVES = (torch.bfloat16, torch.float16)
+HALVES = tuple(forms.DTYPES.values())
 _BYTES = 1.5  # a packed weight, at most, for planning where weights go
 _DENSE = "load it without EntropressConfig(packed=...)"
 _logger = logging.get_logger("transformers.entropress")  # below transformers', for its handlers

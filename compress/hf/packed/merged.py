@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from compress.hf.packed.forms import TILE_ROWS, form_of, on_gpu, pack
+from compress.codec import packed as codec
+from compress.hf.packed.forms import form_of, on_gpu, pack
 from compress.hf.packed.modules import PackedLinear, Packing
 from compress.hf.packed.ops import fuses, linear
 
@@ -112,7 +113,7 @@ def _alike(members: list[PackedLinear]) -> bool:
         (own.form, own.dtype, own.shape[1], own.fused, member.bias is None, member.packed.device)
         for member, own in zip(members, packings, strict=True)
     }
-    whole_tiles = all(own.rows % TILE_ROWS == 0 for own in packings[:-1])
+    whole_tiles = all(own.rows % codec.TILE_ROWS == 0 for own in packings[:-1])
     return len(kinds) == 1 and whole_tiles and packings[0].fused and on_gpu(members[0].packed)
 
 

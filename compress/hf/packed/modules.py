@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 from compress.errors import BadInput, did_you_mean
+from compress.hf.packed import EXACT
 from compress.hf.packed.forms import check, dtype_of, form_for, form_of, on_gpu, pack, rows_of
 from compress.hf.packed.ops import embedding, linear, unpack
 from compress.hf.packed.view import WeightView, read_only
-
-EXACT = ("logits", "weights")
 
 
 @dataclass

@@ -14,9 +14,8 @@ import torch
 from torch.nn import functional
 
 from compress.codec import packed as codec
-from compress.hf.packed.forms import STORED, TILE_ROWS, dtype_of, lent_rows, on_gpu, rows_of
+from compress.hf.packed.forms import STORED, dtype_of, lent_rows, on_gpu, rows_of
 
-_MOST_FUSED = 8  # rows of x: with more, decoding once and a library's product is faster
 _RUN = 1 << 20  # weights decoded at once for a lookup, as many as a stored segment holds
 
 
@@ -43,7 +42,7 @@ def _operator(schema: str, fake: Callable[..., torch.Tensor]) -> Callable[[Any],
 def fuses(x: torch.Tensor, packed: torch.Tensor, layout: list[int]) -> bool:
     """Whether the product with ``x`` (..., cols) can be taken from the packed bytes themselves."""
     rows = x.numel() // layout[3]
-    return on_gpu(packed) and x.dtype == dtype_of(layout) and 1 <= rows <= _MOST_FUSED
+    return on_gpu(packed) and x.dtype == dtype_of(layout) and 1 <= rows <= codec.cuda.MOST_ROWS
 
 
 def _fake_unpack(
@@ -169,7 +168,7 @@ def embedding(ids: torch.Tensor, packed: torch.Tensor, layout: list[int]) -> tor
     wanted = ids.flatten().long()
     if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < rows:
         raise IndexError("index out of range in self")
-    run = max(1, _RUN // cols) if layout[0] == STORED else TILE_ROWS
+    run = max(1, _RUN // cols) if layout[0] == STORED else codec.TILE_ROWS
     order = wanted.argsort()
     used, counts = (wanted[order] // run).unique_consecutive(return_counts=True)
     found = torch.empty((wanted.numel(), cols), dtype=dtype_of(layout))
